@@ -1,0 +1,216 @@
+"""Step 2: PixelCNN on binarised MNIST, unconditional and class-conditional.
+
+The network predicts each pixel from the pixels before it in raster order (van den Oord et al. 2016a,
+arXiv 1601.06759); with --conditional the label enters every masked layer (2016b, arXiv 1606.05328).
+
+    python hw2_step2_main.py                          train with the defaults below
+    python hw2_step2_main.py --conditional --digit 3  the class-conditional network, and a grid of threes
+    python hw2_step2_main.py --dry-run                a few batches, to look around
+    python hw2_step2_main.py --sample-only            draw from the trained network
+
+Writes into results/step2_pixelcnn/ or results/step2_conditional_pixelcnn/:
+    loss.png           negative log-likelihood of training and test images over the epochs
+    samples.png        samples; with --conditional a row of each digit
+    samples_digit.png  with --conditional: samples of the digit chosen with --digit
+    comparison.png     with --conditional: real, unconditional and conditional images side by side
+    losses.csv, metrics.json, config.json, model.pt
+"""
+
+import math
+import time
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from models.AR import ConditionalPixelCNN, PixelCNN
+from utils import ablation, plotting, runs
+from utils.data import batches, binarize, load_mnist
+
+STEP, CONDITIONAL_STEP = "step2_pixelcnn", "step2_conditional_pixelcnn"
+
+DEFAULTS = dict(
+    num_epochs=20,  # passes over the 60,000 training images
+    batch_size=32,  # small batches make more steps, which pays where the time is short
+    learning_rate=4e-3,  # peak, reached after the warm-up and falling to zero at the end
+    warm_up=0.02,  # share of the steps in which the learning rate rises
+    binarize="threshold",  # x > 0.5; or "stochastic", a fresh Bernoulli(x) draw at each step
+    num_layers=8,  # type-B layers between the type-A layer and the head
+    channels=32,  # feature maps of each
+    kernel_size=7,  # wide kernels and few channels give the most for the time
+    head_channels=64,  # feature maps between the two 1 x 1 layers
+    residual=True,  # each type-B layer adds to its input
+)
+
+VARIANTS = {
+    "plain": ("what do the residual connections do?", dict(residual=False, learning_rate=1e-3)),
+    "narrow-kernels": ("do 5 x 5 kernels and more channels do as well?", dict(kernel_size=5, channels=48)),
+    "large": ("how far does it go on a GPU?", dict(num_epochs=100, num_layers=12, channels=96, learning_rate=1e-3)),
+}
+
+NUM_CLASSES = 10
+NUM_PIXELS = 28 * 28
+FORMULA = "-sum_i log p(x_i | x_1, ..., x_{i-1}), mean over images"
+
+
+def build_network(conditional, **architecture):
+    return ConditionalPixelCNN(NUM_CLASSES, **architecture) if conditional else PixelCNN(**architecture)
+
+
+def predict(network, x, labels):
+    """Logits of every pixel; the labels, (N,) integers, are for a conditional network alone."""
+    if isinstance(network, ConditionalPixelCNN):
+        return network(x, F.one_hot(labels, NUM_CLASSES).float())
+    return network(x)
+
+
+def train(run, network, train_set, test_set, batch_size, num_epochs, learning_rate, warm_up, binarize_how):
+    """Minimise the binary cross-entropy, which is the negative log-likelihood; uint8 images."""
+    images, labels = train_set
+    steps = num_epochs * math.ceil(len(images) / batch_size)
+    optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate, betas=(0.9, 0.99), fused=run.can_fuse)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, learning_rate, steps, pct_start=warm_up, anneal_strategy="linear", cycle_momentum=False
+    )
+    criterion = nn.BCEWithLogitsLoss()
+    run.start(network=network, optimizer=optimizer, schedule=schedule)
+    if run.epoch == run.batch == 0:
+        log_epoch(run, network, test_set, binarize_how, epoch=0)
+
+    for epoch in run.epochs(num_epochs):
+        for x, y in run.batches(lambda order: batches(images, labels, batch_size, order)):
+            x = binarize(x, binarize_how)
+            with run.autocast():
+                logits = predict(network, x, y)
+            loss = criterion(logits.float(), x)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            # The criterion averages over pixels as well; an image's likelihood is their sum.
+            run.add(len(x), train_nll=loss.item() * NUM_PIXELS)
+        log_epoch(run, network, test_set, binarize_how, epoch)
+
+
+def log_epoch(run, network, test_set, binarize_how, epoch):
+    with run.autocast():
+        test_nll = evaluate(network, *test_set, binarize_how)
+    row = dict(train_nll=run.means().get("train_nll"), test_nll=test_nll, test_bits=bits_per_pixel(test_nll))
+    run.log(epoch=epoch, **row)
+    run.say(epoch, **row)
+
+
+@torch.no_grad()
+def evaluate(network, images, labels, binarize_how, batch_size=250):
+    """Negative log-likelihood in nats per image, the mean over uint8 images.
+
+    Stochastic binarisation draws the same pixels at every call, so that epochs and networks compare.
+    """
+    network.eval()
+    draw = torch.Generator(images.device).manual_seed(0)
+    total = 0.0
+    for x, y in batches(images, labels, batch_size):
+        x = binarize(x, binarize_how, draw)
+        total += F.binary_cross_entropy_with_logits(predict(network, x, y).float(), x, reduction="sum").item()
+    network.train()
+    return total / len(images)
+
+
+def bits_per_pixel(nll):
+    return nll / (NUM_PIXELS * math.log(2))
+
+
+def draw_losses(run):
+    history = run.history
+    nll = {"training": history["train_nll"], "test": history["test_nll"]}
+    trained = {name: [None, *values[1:]] for name, values in nll.items()}
+    label = f"negative log-likelihood\n(nats per image, {run.options['binarize']})"
+    plotting.save_curves(run.folder / "loss.png", history["epoch"], [(label, nll, {}), ("from epoch 1 on", trained, {})])
+
+
+def draw_samples(run, network, conditional, digit, real_images):
+    """samples.png, and for the conditional network the figures that choose digits; real_images in {0, 1}."""
+    noise = torch.Generator().manual_seed(run.args.seed)
+    folder, columns = run.folder, 10
+    if not conditional:
+        samples = network.sample(10 * columns, noise)
+        plotting.save_images(folder / "samples.png", samples, columns)
+        return
+    samples = network.sample(torch.arange(NUM_CLASSES).repeat_interleave(columns), noise)
+    plotting.save_images(folder / "samples.png", samples, columns, [str(label) for label in range(NUM_CLASSES)])
+    chosen = network.sample(torch.full((10 * columns,), digit), noise)
+    plotting.save_images(folder / "samples_digit.png", chosen, columns, title=f"samples of the digit {digit}")
+    grids = {"real": real_images[: 10 * columns], "class-conditional": samples[torch.randperm(len(samples), generator=noise)]}
+    plain_path = runs.ROOT / "results" / STEP / "model.pt"
+    if plain_path.exists():
+        plain = load_model(plain_path, run.device).sample(10 * columns, noise)
+        grids = {"real": grids["real"], "unconditional": plain, "class-conditional": grids["class-conditional"]}
+    plotting.save_side_by_side(folder / "comparison.png", grids, columns)
+
+
+def write_metrics(run, network, train_set, test_set, binarize_how):
+    """Final figures, computed in single precision."""
+    protocol = dict(binarization=binarize_how, train_images=len(train_set[0]), test_images=len(test_set[0]))
+    nll = evaluate(network, *test_set, binarize_how)
+    seen = [images[: len(test_set[0])] for images in train_set]
+    best = min(run.history["test_nll"])
+    started = time.perf_counter()
+    labels = torch.arange(64) % NUM_CLASSES
+    network.sample(labels) if isinstance(network, ConditionalPixelCNN) else network.sample(len(labels))
+    sampling = time.perf_counter() - started
+    run.finish(
+        len(train_set[0]),
+        test_nll=runs.metric(nll, "nats per image", FORMULA, **protocol),
+        test_bits=runs.metric(bits_per_pixel(nll), "bits per pixel", "test_nll / (784 log 2)", **protocol),
+        best_test_nll=runs.metric(
+            best, "nats per image", FORMULA, epoch=run.history["test_nll"].index(best), **protocol
+        ),
+        train_nll=runs.metric(
+            evaluate(network, *seen, binarize_how), "nats per image", FORMULA, over=f"first {len(seen[0])} training images", **protocol
+        ),
+        sampling_time=runs.metric(sampling, "seconds", "wall time of drawing 64 images", hardware=runs.hardware(run.device)),
+    )
+
+
+def load_model(path, device="cpu"):
+    """The network of a model.pt, plain or conditional, in eval mode."""
+    return runs.load_network(path, (STEP, CONDITIONAL_STEP), build_network, device)
+
+
+def main():
+    parser = runs.make_parser(__doc__, DEFAULTS)
+    parser.add_argument("--conditional", action="store_true", help="the class-conditional network")
+    parser.add_argument(
+        "--digit", type=int, choices=range(NUM_CLASSES), default=3, metavar="D",
+        help="digit of samples_digit.png, with --conditional (3)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--binarize", choices=["threshold", "stochastic"], help=f"how pixels become binary ({DEFAULTS['binarize']})"
+    )
+    args = parser.parse_args()
+    options = runs.choose_options(parser, args, DEFAULTS, VARIANTS)
+    step = CONDITIONAL_STEP if args.conditional else STEP
+    if args.ablation or args.seeds:
+        return ablation.run_all(__file__, step, args, VARIANTS)
+    run = runs.Run(step, args, options)
+    train_set, test_set = load_mnist(args.data_dir, run.device)
+    real_images = binarize(test_set[0][:100], options["binarize"], torch.Generator(run.device).manual_seed(0))
+    if args.sample_only:
+        return draw_samples(run, load_model(run.folder / "model.pt", run.device), args.conditional, args.digit, real_images)
+
+    train_set, test_set = run.limit(*train_set), run.limit(*test_set)
+    architecture = {key: options[key] for key in ("num_layers", "channels", "kernel_size", "head_channels", "residual")}
+    architecture["conditional"] = args.conditional
+    network = build_network(**architecture).to(run.device, memory_format=torch.channels_last)
+    train(
+        run, network, train_set, test_set, options["batch_size"], options["num_epochs"], options["learning_rate"],
+        options["warm_up"], options["binarize"],
+    )  # fmt: skip
+    runs.save_model(run.folder / "model.pt", step, network, architecture)
+    draw_losses(run)
+    draw_samples(run, network.eval(), args.conditional, args.digit, real_images)
+    write_metrics(run, network, train_set, test_set, options["binarize"])
+
+
+if __name__ == "__main__":
+    runs.run_main(main)

@@ -1,0 +1,232 @@
+"""PixelCNN, plain and class-conditional, for binary images.
+
+p(x) = prod_i p(x_i | x_1, ..., x_{i-1}) over the pixels in raster order, each factor a Bernoulli whose
+logit a stack of masked convolutions computes (van den Oord et al. 2016a, "Pixel Recurrent Neural
+Networks", arXiv 1601.06759; labels as in van den Oord et al. 2016b, "Conditional Image Generation with
+PixelCNN Decoders", arXiv 1606.05328).
+"""
+
+from functools import partial
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+IMAGE_SHAPE = (1, 28, 28)
+
+
+class MaskedConv2d(nn.Conv2d):
+    """Convolution that sees only pixels that come earlier in raster order (2016a, section 3.4, fig. 2).
+
+    Mask 'A' hides the centre as well and belongs in the first layer, mask 'B' shows it. The rows below the
+    centre are all hidden, so they are cut off rather than multiplied by zero: a 7 x 7 kernel costs 4/7.
+
+    Args:
+        mask_type: 'A' or 'B'; anything else raises ValueError.
+        padding: pixels on each side, as in `nn.Conv2d`; the other arguments likewise. Kernels are odd.
+    """
+
+    def __init__(self, mask_type, in_channels, out_channels, kernel_size, stride=1, padding=0, bias=True):
+        if mask_type not in ("A", "B"):
+            raise ValueError(f"mask_type is 'A' or 'B', not {mask_type!r}")
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
+        self.mask_type = mask_type
+        row, column = (size // 2 for size in self.kernel_size)
+        mask = torch.ones_like(self.weight)
+        mask[:, :, row, column + (mask_type == "B") :] = 0
+        mask[:, :, row + 1 :] = 0
+        self.register_buffer("mask", mask)
+
+    def forward(self, x):
+        """(N, in_channels, H, W) -> (N, out_channels, H', W'), equal to `conv2d(x, weight * mask)`."""
+        rows = self.kernel_size[0] // 2 + 1
+        hidden_rows = self.kernel_size[0] - rows
+        top, side = self.padding
+        if top or side or hidden_rows:
+            x = F.pad(x, (side, side, top, top - hidden_rows))
+        return F.conv2d(x, self.weight[:, :, :rows] * self.mask[:, :, :rows], self.bias, self.stride)
+
+
+class ConditionalMaskedConv2d(MaskedConv2d):
+    """Masked convolution with a bias per class, W * x + b + V y (2016b, section 2.3).
+
+    V is the linear map `class_emb` from one-hot labels to output channels; b is its only constant.
+    """
+
+    def __init__(
+        self, mask_type, in_channels, out_channels, kernel_size, num_classes, stride=1, padding=0, bias=True
+    ):
+        super().__init__(mask_type, in_channels, out_channels, kernel_size, stride, padding, bias)
+        self.class_emb = nn.Linear(num_classes, out_channels, bias=False)
+        # As large as a label's share of the features should be at the start, which is small.
+        nn.init.normal_(self.class_emb.weight, std=0.05)
+
+    def forward(self, x, y):
+        """x (N, in_channels, H, W), y (N, num_classes) one-hot -> (N, out_channels, H', W')."""
+        return super().forward(x) + self.class_emb(y)[:, :, None, None]
+
+
+class PixelCNN(nn.Module):
+    """Logits of every pixel given the pixels before it.
+
+    A type-A layer, `num_layers` type-B layers and two 1 x 1 layers; with `residual`, each of the middle
+    layers adds to its input (2016a, section 3.3, without the bottleneck), otherwise it replaces it.
+
+    Args:
+        channels: feature maps of every layer but the last two.
+        kernel_size: of every layer but the last two; odd.
+        head_channels: feature maps between the two 1 x 1 layers.
+        conv: the class of the masked layers.
+    """
+
+    def __init__(
+        self, num_layers=6, channels=32, kernel_size=7, head_channels=64, residual=True, conv=MaskedConv2d
+    ):
+        super().__init__()
+        self.residual = residual
+        same = dict(kernel_size=kernel_size, padding=kernel_size // 2)
+        self.first = conv("A", 1, channels, **same)
+        self.layers = nn.ModuleList(conv("B", channels, channels, **same) for _ in range(num_layers))
+        self.head = nn.ModuleList(
+            [conv("B", channels, head_channels, kernel_size=1), conv("B", head_channels, 1, kernel_size=1)]
+        )
+
+    def forward(self, x):
+        """(N, 1, H, W) images in {0, 1} -> (N, 1, H, W) logits."""
+        return self._logits(x, lambda layer, h: layer(h))
+
+    def sample(self, num_samples, generator=None, cached=True):
+        """Draw (num_samples, 1, 28, 28) images in {0, 1}, pixel by pixel in raster order.
+
+        The random numbers come from `generator` (a CPU `torch.Generator`; without one, a fresh one with
+        seed 0), so the global random state is left alone and the draw is repeatable.
+
+        Args:
+            cached: compute each feature once (Ramachandran et al. 2017, arXiv 1704.06001); without it, run
+                the whole network for every pixel. Both draw the same images.
+        """
+        draw = self._sample_cached if cached else self._sample_naive
+        return draw(num_samples, generator, self.forward, lambda layer: layer.bias)
+
+    def _logits(self, x, apply):
+        """The network, with `apply(layer, features)` in place of each masked convolution.
+
+        Everything else acts on each pixel by itself, so the same lines serve whole images and one column.
+        """
+        h = apply(self.first, x)
+        for layer in self.layers:
+            update = apply(layer, F.relu(h))
+            h = h + update if self.residual else update
+        for layer in self.head:
+            h = apply(layer, F.relu(h))
+        return h
+
+    @torch.no_grad()
+    def _sample_naive(self, num_samples, generator, forward, bias):
+        device = self.first.weight.device
+        images = torch.zeros(num_samples, *IMAGE_SHAPE, device=device)
+        thresholds = _thresholds(num_samples, generator, device)
+        for row in range(images.shape[2]):
+            for column in range(images.shape[3]):
+                logits = forward(images)[:, :, row, column]
+                images[:, :, row, column] = (thresholds[:, :, row, column] < logits).float()
+        return images
+
+    @torch.no_grad()
+    def _sample_cached(self, num_samples, generator, forward, bias):
+        device = self.first.weight.device
+        images = torch.zeros(num_samples, *IMAGE_SHAPE, device=device)
+        thresholds = _thresholds(num_samples, generator, device)
+        layers = [self.first, *self.layers, *self.head]
+        caches = {layer: _LayerCache(layer, num_samples, images.shape[3], bias(layer)) for layer in layers}
+        for row in range(images.shape[2]):
+            for cache in caches.values():
+                cache.start_row()
+            for column in range(images.shape[3]):
+                logits = self._logits(None, lambda layer, h: caches[layer].column(column, h))
+                pixels = (thresholds[:, :, row, column] < logits).float()
+                caches[self.first].store(column, pixels)
+                images[:, :, row, column] = pixels
+        return images
+
+
+class ConditionalPixelCNN(PixelCNN):
+    """PixelCNN in which V y reaches every masked layer, p(x | y).
+
+    Args:
+        num_classes: length of the one-hot labels.
+        architecture: the arguments of `PixelCNN`.
+    """
+
+    def __init__(self, num_classes=10, **architecture):
+        self.num_classes = num_classes
+        super().__init__(conv=partial(ConditionalMaskedConv2d, num_classes=num_classes), **architecture)
+
+    def forward(self, x, y):
+        """x (N, 1, H, W) in {0, 1}, y (N, num_classes) one-hot -> (N, 1, H, W) logits."""
+        return self._logits(x, lambda layer, h: layer(h, y))
+
+    def sample(self, labels, generator=None, cached=True):
+        """Draw an image in {0, 1} for each of `labels`, (N,) integers; see `PixelCNN.sample`."""
+        weight = self.first.class_emb.weight
+        y = F.one_hot(labels.to(weight.device), self.num_classes).to(weight.dtype)
+        draw = self._sample_cached if cached else self._sample_naive
+        return draw(
+            len(labels),
+            generator,
+            lambda images: self(images, y),
+            lambda layer: layer.bias + layer.class_emb(y),
+        )
+
+
+def _thresholds(num_samples, generator, device):
+    """Logits that pixels are compared with: x = [logit(u) < logit(p)] is a draw of Bernoulli(p)."""
+    generator = generator or torch.Generator().manual_seed(0)
+    return torch.rand(num_samples, *IMAGE_SHAPE, generator=generator).logit().to(device)
+
+
+class _LayerCache:
+    """What one masked layer needs to give its output at one pixel after another.
+
+    The inputs of the row under way and of those above that the kernel reaches are kept, (rows, N, padded
+    width * channels), so that the part of a row that the kernel sees is one slice. What the rows above add
+    is computed for a whole row at once; a pixel then costs one matrix product with the kernel's last row.
+    """
+
+    def __init__(self, layer, num_samples, width, bias):
+        self.layer, self.bias, self.width = layer, bias, width
+        weight = (layer.weight * layer.mask)[:, :, : layer.kernel_size[0] // 2 + 1]
+        self.weight_above = weight[:, :, :-1]
+        self.reach = layer.kernel_size[1] // 2
+        # Mask 'A' stops before the centre, mask 'B' with it.
+        self.seen = self.reach + (layer.mask_type == "B")
+        self.weight_row = weight[:, :, -1, : self.seen].permute(2, 1, 0).flatten(0, 1).contiguous()
+        self.channels = layer.in_channels
+        self.inputs = weight.new_zeros(
+            self.weight_above.shape[2] + 1, num_samples, (width + 2 * self.reach) * self.channels
+        )
+
+    def start_row(self):
+        """Move up one row and add up what the rows above give every pixel of the new one."""
+        above = len(self.inputs) - 1
+        if above:
+            self.inputs[:-1] = self.inputs[1:].clone()
+            self.inputs[-1] = 0
+            x = self.inputs[:-1].unflatten(2, (-1, self.channels)).permute(1, 3, 0, 2)
+            # (N, out_channels, 1, W) -> (W, N, out_channels)
+            self.above = F.conv2d(x, self.weight_above).squeeze(2).permute(2, 0, 1) + self.bias
+        else:
+            self.above = self.bias.expand(self.width, self.inputs.shape[1], -1)
+
+    def store(self, column, x):
+        """Keep the layer's input (N, channels) at this column of the row under way."""
+        start = (column + self.reach) * self.channels
+        self.inputs[-1, :, start : start + self.channels] = x
+
+    def column(self, column, x):
+        """The layer's output (N, out_channels) at this column, given its input there (None for mask 'A')."""
+        if x is not None:
+            self.store(column, x)
+        start = column * self.channels
+        window = self.inputs[-1, :, start : start + self.seen * self.channels]
+        return torch.addmm(self.above[column], window, self.weight_row)

@@ -1,0 +1,79 @@
+"""Several runs of a step script, over variants and seeds, side by side, and a table of their figures."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+
+from tqdm import tqdm
+
+from utils.runs import ArgumentParser, UserError, find_device, results_folder, write_csv
+
+DEFAULT_SEEDS = 3
+
+
+def run_all(script, step, args, variants):
+    """Train `--seeds` times `--variant`, or with `--ablation` the default and every variant.
+
+    Each run goes into seeds/seed_S below the results and is a process of its own: one thread and as many at
+    once as there are cores on the CPU, one at a time on a GPU. With `--resume` finished runs are kept and
+    interrupted ones go on. The table, ablation.csv, has the mean and standard deviation of every figure.
+    """
+    folder = results_folder(step, args)
+    names = [None, *variants] if args.ablation else [args.variant]
+    seeds = range(args.seed, args.seed + (args.seeds or DEFAULT_SEEDS))
+    runs = [(name, seed) for name in names for seed in seeds]
+    on_cpu = find_device(args.device).type == "cpu"
+    workers = min(len(runs), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    workers = workers if on_cpu else 1
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"} if workers > 1 else None
+    flags = _other_flags()
+
+    def train(name, seed):
+        out = folder / "seeds" / f"seed_{seed}"
+        place = out / "variants" / name if name else out
+        command = [sys.executable, str(script), *flags, "--seed", str(seed), "--out-dir", str(out)]
+        command += ["--variant", name] if name else []
+        command += ["--resume"] if args.resume and (place / "checkpoint.pt").exists() else []
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
+            raise UserError(f"the run of {name or 'default'} with seed {seed} failed: {reason}")
+        return json.loads((place / "metrics.json").read_text())
+
+    results = {}
+    with ThreadPoolExecutor(workers) as pool:
+        futures = {pool.submit(train, *run): run for run in runs}
+        try:
+            for future in tqdm(as_completed(futures), "runs", total=len(runs), disable=None):
+                name, seed = futures[future]
+                results[name, seed] = future.result()
+                print(f"{name or 'default'}, seed {seed}: done", flush=True)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    path = folder / "ablation.csv"
+    write_csv(path, _table(names, seeds, results))
+    print(f"table in {path}")
+
+
+def _other_flags():
+    """The command line without the flags that differ from run to run."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--ablation", "--resume"):
+        parser.add_argument(flag, action="store_true")
+    for flag in ("--seeds", "--seed", "--out-dir", "--variant"):
+        parser.add_argument(flag)
+    return parser.parse_known_args()[1]
+
+
+def _table(names, seeds, results):
+    """Columns: the variant, the number of seeds, then mean and standard deviation of each metric."""
+    table = {"variant": [name or "default" for name in names], "seeds": [len(seeds)] * len(names)}
+    for key in results[names[0], seeds[0]]:
+        values = [[results[name, seed][key]["value"] for seed in seeds] for name in names]
+        table[f"{key}_mean"] = [statistics.fmean(each) for each in values]
+        table[f"{key}_std"] = [statistics.stdev(each) if len(each) > 1 else None for each in values]
+    return table

@@ -1,0 +1,123 @@
+"""MNIST as one tensor, verified, and batches of it."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
+from torchvision.datasets import MNIST
+from torchvision.datasets.utils import check_integrity
+
+from utils.runs import UserError
+
+# MD5 sums of the unpacked files; those of the archives are torchvision's, `MNIST.resources`.
+UNPACKED_MD5 = {
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+}
+
+
+def load_mnist(data_dir, device="cpu"):
+    """Training and test set: (images, labels), (test_images, test_labels).
+
+    Images are uint8, (60000, 1, 28, 28) and (10000, 1, 28, 28), labels int64, all on `device`. The archives
+    below `data_dir`/MNIST/raw are unpacked first where that has not been done, and downloaded where they
+    are missing.
+
+    Raises:
+        UserError: a file is missing, truncated or altered, or the folder cannot be used.
+    """
+    raw = Path(data_dir) / "MNIST" / "raw"
+    missing = [name for name in UNPACKED_MD5 if not (raw / name).exists()]
+    if missing:
+        _unpack(raw, missing)
+    for name, md5 in UNPACKED_MD5.items():
+        if not _verified(raw / name, md5):
+            raise UserError(f"{raw / name} is damaged: delete it, and it is unpacked anew from {name}.gz")
+    sets = MNIST(data_dir, train=True), MNIST(data_dir, train=False)
+    train, test = ((each.data.unsqueeze(1).to(device), each.targets.to(device)) for each in sets)
+    return train, test
+
+
+def batches(images, labels, batch_size, generator=None):
+    """DataLoader of (images, labels) batches; shuffled by `generator`, in order without one.
+
+    The sampler hands out whole lists of indices, so that a batch is one indexing operation and no image is
+    touched by itself. The last batch is short where `batch_size` does not divide the number of images.
+    """
+    dataset = TensorDataset(images, labels)
+    order = RandomSampler(dataset, generator=generator) if generator else SequentialSampler(dataset)
+    sampler = BatchSampler(order, batch_size, drop_last=False)
+    return DataLoader(dataset, sampler=sampler, batch_size=None, generator=generator)
+
+
+def to_unit(images):
+    """uint8 in 0..255 -> float in [0, 1]."""
+    return images.float() / 255
+
+
+def to_symmetric(images):
+    """uint8 in 0..255 -> float in [-1, 1], the range of tanh."""
+    return to_unit(images) * 2 - 1
+
+
+def binarize(images, how, generator=None):
+    """uint8 in 0..255 -> float in {0, 1}, or in [0, 1] where nothing is to be done.
+
+    Args:
+        how: 'threshold' for x > 0.5; 'stochastic' for a fresh Bernoulli(x) draw at each call, with the
+            random numbers of `generator` (the global ones without it); 'none' for the grey pixels.
+    """
+    x = to_unit(images)
+    if how == "none":
+        return x
+    return (x > 0.5).float() if how == "threshold" else torch.bernoulli(x, generator=generator)
+
+
+def _verified(path, md5):
+    """Whether the file has this sum; an unreadable one is reported, not raised."""
+    try:
+        return check_integrity(path, md5)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _unpack(raw, missing):
+    """Put the missing unpacked files into `raw`, each at one stroke.
+
+    Every process unpacks into a temporary folder of its own and moves the finished files into place, so any
+    number of them may start together and none ever reads a file that another is still writing.
+    """
+    try:
+        raw.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(prefix=".unpack-", dir=raw)
+    except OSError as error:
+        raise UserError(
+            f"{raw} lacks {', '.join(missing)} and cannot be written ({error.strerror}): "
+            "unpack the data there or name another folder with --data-dir"
+        ) from None
+    with temporary as folder:
+        nested = Path(folder) / "MNIST" / "raw"
+        nested.mkdir(parents=True)
+        for name, md5 in MNIST.resources:
+            archive = raw / name
+            if archive.exists():
+                if not _verified(archive, md5):
+                    raise UserError(f"{archive} is damaged (its MD5 is not {md5}): delete it to have it downloaded")
+                (nested / name).symlink_to(archive.resolve())
+        try:
+            MNIST(folder, download=True)
+        except (RuntimeError, OSError) as error:
+            absent = [name for name, _ in MNIST.resources if not (raw / name).exists()]
+            if not absent:
+                raise UserError(f"the archives in {raw} cannot be unpacked: {error}") from None
+            raise UserError(
+                f"{raw} lacks {', '.join(absent)}, and downloading failed: "
+                "put these files there or name another folder with --data-dir"
+            ) from None
+        for name in [*(f"{name}.gz" for name in missing), *missing]:
+            if not (nested / name).is_symlink():
+                os.replace(nested / name, raw / name)

@@ -1,0 +1,442 @@
+"""The command line, the folder of a run, its progress, its checkpoint and its end."""
+
+import argparse
+import csv
+import io
+import json
+import math
+import os
+import pickle
+import platform
+import signal
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import matplotlib
+import numpy
+import torch
+import torchvision
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+DRY_RUN_BATCHES = 3
+DRY_RUN_EPOCHS = 2
+
+
+class UserError(Exception):
+    """What the user can mend: said in one line, exit code 2."""
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Command line
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse that answers bad usage with one line instead of the whole usage."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+
+
+def whole_number(least):
+    """argparse type: an integer of at least `least`."""
+
+    def convert(text):
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or not least <= value < 2**63:
+            raise argparse.ArgumentTypeError(f"takes a whole number of at least {least}, not {text!r}")
+        return value
+
+    return convert
+
+
+def non_negative(text):
+    """argparse type: a finite float of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"takes a number of at least 0, not {text!r}")
+    return value
+
+
+def make_parser(description, defaults):
+    """The flags that every step script has; flags left out are None, so that variants can set them."""
+    parser = ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--epochs", dest="num_epochs", type=whole_number(1), help=f"passes over the data ({defaults['num_epochs']})")
+    add("--batch-size", type=whole_number(1), help=f"images of a training batch ({defaults['batch_size']})")
+    add("--seed", type=whole_number(0), default=0, help="of every random number (0)")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto is cuda where there is one")
+    add("--data-dir", type=Path, default=ROOT / "data", help="folder with MNIST/raw (data/)")
+    add("--out-dir", type=Path, help="folder for the results, made if missing (the step's folder in results/)")
+    add("--dry-run", action="store_true", help="a few batches into dry_run/ below the results, to look around")
+    add("--resume", action="store_true", help="go on from the checkpoint of an interrupted run")
+    add("--sample-only", action="store_true", help="draw the samples of the trained model.pt, without training")
+    add("--variant", metavar="NAME", help="train a named variant into variants/NAME below the results")
+    add("--list-variants", action="store_true", help="say which variants there are and why, and stop")
+    add("--ablation", action="store_true", help="train the default and every variant, and make a table of them")
+    add("--seeds", type=whole_number(1), metavar="N", help="train with N seeds from --seed on, and make a table (3 with --ablation)")
+    return parser
+
+
+def choose_options(parser, args, defaults, variants):
+    """Defaults, changed by the variant, changed by the flags; `--list-variants` prints and exits."""
+    if args.list_variants:
+        width = max(map(len, variants), default=0)
+        for name, (reason, changes) in variants.items():
+            print(f"{name:{width}}  {reason} ({', '.join(f'{key}={value}' for key, value in changes.items())})")
+        parser.exit()
+    if args.variant is not None and args.variant not in variants:
+        parser.error(f"unknown variant {args.variant!r}: --list-variants names them")
+    changes = variants[args.variant][1] if args.variant else {}
+    flags = {key: getattr(args, key) for key in defaults if getattr(args, key, None) is not None}
+    options = {**defaults, **changes, **flags}
+    if args.dry_run:
+        options["num_epochs"] = min(options["num_epochs"], DRY_RUN_EPOCHS)
+    return options
+
+
+def run_main(main):
+    """Call a step's `main()` and turn its end into an exit code: 0, 2 for the user's mistakes, 130 after Ctrl-C."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(_complain(str(error), 2))
+    except KeyboardInterrupt:
+        sys.exit(_complain("interrupted; --resume goes on from the checkpoint, if one was written", 130))
+
+
+def _complain(message, code):
+    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def find_device(name):
+    """torch.device of `--device`; 'auto' takes CUDA where there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available[name]:
+        raise UserError(f"this machine has no {name} device that torch can use: --device auto takes what there is")
+    return torch.device(name)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Files
+
+
+def write_atomically(path, content):
+    """Write bytes so that the file is, at any moment, the old one or the new one, whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def write_json(path, content):
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def write_csv(path, table):
+    """`table` is a dict of columns; None leaves a cell empty, numbers have six significant digits."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(table)
+    for row in zip(*table.values()):
+        writer.writerow("" if value is None else f"{value:.6g}" if isinstance(value, float) else value for value in row)
+    write_atomically(path, text.getvalue().encode())
+
+
+def save_tensors(path, content):
+    """torch.save of tensors and plain values, atomically."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def load_tensors(path, steps, kind, device="cpu"):
+    """What `save_tensors` wrote for one of these steps; tensors and plain values only, so no code can run.
+
+    Raises:
+        UserError: the file is missing, damaged, no such file, or another step's.
+    """
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"there is no {kind} at {path}: train first, without --resume or --sample-only") from None
+    except OSError as error:
+        raise UserError(f"the {kind} {path} cannot be read: {error.strerror or error}") from None
+    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError, IndexError,
+            AttributeError, TypeError, AssertionError):  # fmt: skip
+        raise UserError(f"{path} is damaged or not a {kind}: delete it and train anew") from None
+    found = content.get("step") if isinstance(content, dict) else None
+    if found not in steps:
+        wanted = " or ".join(steps)
+        raise UserError(f"{path} is not a {kind} of {wanted} but of {found or 'something else'}: name another --out-dir")
+    return content
+
+
+def save_model(path, step, network, options):
+    """model.pt: the network's weights and the arguments that rebuild it."""
+    weights = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
+    save_tensors(path, {"step": step, "network": options, "weights": weights})
+
+
+def load_network(path, steps, build, device="cpu"):
+    """The network of a model.pt, in eval mode; `build(**arguments)` makes it."""
+    content = load_tensors(path, steps, "model", device)
+    try:
+        network = build(**content["network"])
+        network.load_state_dict(content["weights"])
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
+        raise UserError(f"{path} does not hold the weights of the network it describes: train anew") from None
+    if not all(torch.isfinite(tensor).all() for tensor in network.state_dict().values()):
+        raise UserError(f"{path} holds weights that are not finite: train anew")
+    return network.to(device).eval()
+
+
+def metric(value, unit, formula, **more):
+    """An entry of metrics.json: the figure, and beside it what it is."""
+    return {"value": value, "unit": unit, "formula": formula, **more}
+
+
+def results_folder(step, args):
+    """`--out-dir`, or the step's folder in results/; a dry run keeps away from the results of the real one."""
+    default = ROOT / "results" / step
+    return args.out_dir or (default / "dry_run" if args.dry_run else default)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Run
+
+
+class Run:
+    """A training run and its folder: where it stands, its history, its files.
+
+    Attributes:
+        folder: where everything is written.
+        options: the hyperparameters.
+        device: torch.device to train on.
+        epoch, batch: finished epochs, and finished batches of the epoch under way.
+        history: dict of columns, the content of losses.csv.
+        snapshots: images worth keeping, by epoch.
+    """
+
+    def __init__(self, step, args, options):
+        self.step, self.args, self.options = step, args, options
+        self.device = find_device(args.device)
+        self.folder = results_folder(step, args)
+        if args.variant:
+            self.folder = self.folder / "variants" / args.variant
+        self.epoch = self.batch = 0
+        self.history, self.snapshots, self.seconds = {}, {}, 0.0
+        self._sums, self._tracked, self._bar = {}, {}, None
+        self._interrupted = False
+        torch.manual_seed(args.seed)
+
+    @property
+    def can_fuse(self):
+        """Whether the optimiser may update all parameters in one pass."""
+        return self.device.type in ("cpu", "cuda")
+
+    def autocast(self):
+        """Context in which convolutions run in bfloat16, where the hardware has matrix units for it."""
+        native = {"cpu": _cpu_has_matrix_units, "cuda": torch.cuda.is_bf16_supported}.get(self.device.type)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=native is not None and native())
+
+    def limit(self, images, labels):
+        """The whole set, or its first few batches in a dry run."""
+        if self.args.dry_run:
+            count = DRY_RUN_BATCHES * self.options["batch_size"]
+            return images[:count], labels[:count]
+        return images, labels
+
+    def start(self, **tracked):
+        """Make the folder; restore what is tracked, where `--resume` asks for it.
+
+        Args:
+            tracked: everything that training changes, by name: objects with state_dict and load_state_dict.
+        """
+        self._tracked = tracked
+        if self.args.resume:
+            self._restore()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"the folder {self.folder} cannot be made ({error.strerror}): name another --out-dir") from None
+        write_json(self.folder / "config.json", self._config())
+
+    def epochs(self, num_epochs):
+        """Numbers of the epochs still to do, from 1; saves the checkpoint and losses.csv after each."""
+        previous = signal.signal(signal.SIGINT, self._on_interrupt)
+        try:
+            while self.epoch < num_epochs:
+                self._started = time.perf_counter()
+                yield self.epoch + 1
+                self.epoch, self.batch = self.epoch + 1, 0
+                self._save()
+                if self._interrupted:
+                    raise KeyboardInterrupt
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+    def batches(self, make_loader):
+        """The batches of this epoch, with a progress bar; on Ctrl-C saves after one and stops.
+
+        `make_loader(generator)` gives the DataLoader. Its order depends on seed and epoch alone, so a resumed
+        epoch skips the batches that were done and meets the others in the same order.
+        """
+        order = torch.Generator().manual_seed((self.args.seed * 100_003 + self.epoch) % 2**63)
+        loader = make_loader(order)
+        title = f"epoch {self.epoch + 1}/{self.options['num_epochs']}"
+        with tqdm(loader, title, initial=0, unit="batch", disable=None, leave=False) as self._bar:
+            for index, batch in enumerate(self._bar):
+                if index < self.batch:
+                    continue
+                yield batch
+                self.batch = index + 1
+                if self._interrupted:
+                    self._save()
+                    raise KeyboardInterrupt
+
+    def add(self, count, **losses):
+        """Take the mean losses of a batch of `count` images into the epoch's means.
+
+        Raises:
+            UserError: a loss is not finite; the checkpoint stays the last good one.
+        """
+        for name, value in losses.items():
+            if not math.isfinite(value):
+                raise UserError(
+                    f"{name} became {value} in batch {self.batch + 1} of epoch {self.epoch + 1}: the checkpoint "
+                    "before it is kept; lower the learning rate or choose another --seed"
+                )
+            total, seen = self._sums.get(name, (0.0, 0))
+            self._sums[name] = (total + value * count, seen + count)
+        self._bar.set_postfix({name: f"{value:.3f}" for name, value in losses.items()}, refresh=False)
+
+    def means(self):
+        """Means over the images of the epoch, not over batches, so that a short last batch counts for its size."""
+        means = {name: total / seen for name, (total, seen) in self._sums.items()}
+        self._sums = {}
+        return means
+
+    def log(self, **row):
+        """A row of losses.csv; every row has the same columns, None leaves a cell empty."""
+        for name, value in row.items():
+            self.history.setdefault(name, []).append(value)
+
+    def say(self, epoch, **values):
+        """One line about an epoch."""
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if value is not None)
+        print(f"epoch {epoch}/{self.options['num_epochs']}  {shown}", flush=True)
+
+    def finish(self, images_per_epoch, **metrics):
+        """Write losses.csv and metrics.json, the figures with the wall time of the training."""
+        write_csv(self.folder / "losses.csv", self.history)
+        seen = images_per_epoch * self.epoch
+        metrics["wall_time"] = metric(
+            self.seconds, "seconds", "training and the evaluation after each epoch", hardware=hardware(self.device)
+        )
+        metrics["speed"] = metric(seen / self.seconds, "training images per second", "images seen / wall time")
+        write_json(self.folder / "metrics.json", metrics)
+        print(f"results in {self.folder}")
+
+    def _config(self):
+        packages = (torch, torchvision, matplotlib, numpy)
+        return {
+            "step": self.step,
+            "variant": self.args.variant or "default",
+            "dry_run": self.args.dry_run,
+            "seed": self.args.seed,
+            "device": str(self.device),
+            "hardware": hardware(self.device),
+            "hyperparameters": self.options,
+            "versions": {"python": platform.python_version(), **{each.__name__: each.__version__ for each in packages}},
+        }
+
+    def _identity(self):
+        """What a checkpoint must share with the run that resumes it."""
+        options = {key: list(value) if isinstance(value, tuple) else value for key, value in self.options.items()}
+        return {**options, "seed": self.args.seed, "dry_run": self.args.dry_run}
+
+    def _save(self):
+        self.seconds += time.perf_counter() - self._started
+        self._started = time.perf_counter()
+        random = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.device)
+        elif self.device.type == "mps":
+            random["mps"] = torch.mps.get_rng_state()
+        checkpoint = {
+            "step": self.step,
+            "identity": self._identity(),
+            "position": (self.epoch, self.batch, self.seconds),
+            "sums": self._sums,
+            "history": self.history,
+            "snapshots": self.snapshots,
+            "random": random,
+            "tracked": {name: each.state_dict() for name, each in self._tracked.items()},
+        }
+        save_tensors(self.folder / "checkpoint.pt", checkpoint)
+        write_csv(self.folder / "losses.csv", self.history)
+
+    def _restore(self):
+        path = self.folder / "checkpoint.pt"
+        checkpoint = load_tensors(path, (self.step,), "checkpoint")
+        try:
+            theirs, ours = checkpoint["identity"], self._identity()
+            for key in ours:
+                if theirs.get(key) != ours[key]:
+                    raise UserError(
+                        f"{path} was trained with {key} {theirs.get(key)}, not {ours[key]}: resume with the same "
+                        "flags, or start anew without --resume"
+                    )
+            for name, each in self._tracked.items():
+                each.load_state_dict(checkpoint["tracked"][name])
+            self.epoch, self.batch, self.seconds = checkpoint["position"]
+            self._sums, self.history, self.snapshots = (checkpoint[key] for key in ("sums", "history", "snapshots"))
+            torch.set_rng_state(checkpoint["random"]["cpu"].cpu())
+            if self.device.type == "cuda":
+                torch.cuda.set_rng_state(checkpoint["random"]["cuda"].cpu(), self.device)
+            elif self.device.type == "mps":
+                torch.mps.set_rng_state(checkpoint["random"]["mps"].cpu())
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
+            raise UserError(f"{path} does not fit this version of the script: start anew without --resume") from None
+
+    def _on_interrupt(self, *_):
+        self._interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print("\nstopping after this batch; Ctrl-C again stops at once", file=sys.stderr)
+
+
+def _cpu_has_matrix_units():
+    """Intel's AMX; without it bfloat16 is emulated and slower than single precision."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return capabilities.get("amx_bf16", False)
+
+
+def hardware(device):
+    """The GPU's name, or the CPU's with the number of threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        cpu = platform.processor() or platform.machine()
+    return f"{cpu}, {torch.get_num_threads()} threads" if device.type == "cpu" else f"{device.type} on {cpu}"

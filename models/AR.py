@@ -123,20 +123,18 @@ class PixelCNN(nn.Module):
 
     @torch.no_grad()
     def _sample_naive(self, num_samples, generator, forward, bias):
-        device = self.first.weight.device
-        images = torch.zeros(num_samples, *IMAGE_SHAPE, device=device)
-        thresholds = _thresholds(num_samples, generator, device)
+        images = self.first.weight.new_zeros(num_samples, *IMAGE_SHAPE)
+        thresholds = _thresholds(num_samples, generator).to(images)
         for row in range(images.shape[2]):
             for column in range(images.shape[3]):
                 logits = forward(images)[:, :, row, column]
-                images[:, :, row, column] = (thresholds[:, :, row, column] < logits).float()
+                images[:, :, row, column] = (thresholds[:, :, row, column] < logits).to(images)
         return images
 
     @torch.no_grad()
     def _sample_cached(self, num_samples, generator, forward, bias):
-        device = self.first.weight.device
-        images = torch.zeros(num_samples, *IMAGE_SHAPE, device=device)
-        thresholds = _thresholds(num_samples, generator, device)
+        images = self.first.weight.new_zeros(num_samples, *IMAGE_SHAPE)
+        thresholds = _thresholds(num_samples, generator).to(images)
         layers = [self.first, *self.layers, *self.head]
         caches = {layer: _LayerCache(layer, num_samples, images.shape[3], bias(layer)) for layer in layers}
         for row in range(images.shape[2]):
@@ -144,7 +142,7 @@ class PixelCNN(nn.Module):
                 cache.start_row()
             for column in range(images.shape[3]):
                 logits = self._logits(None, lambda layer, h: caches[layer].column(column, h))
-                pixels = (thresholds[:, :, row, column] < logits).float()
+                pixels = (thresholds[:, :, row, column] < logits).to(images)
                 caches[self.first].store(column, pixels)
                 images[:, :, row, column] = pixels
         return images
@@ -179,10 +177,10 @@ class ConditionalPixelCNN(PixelCNN):
         )
 
 
-def _thresholds(num_samples, generator, device):
+def _thresholds(num_samples, generator):
     """Logits that pixels are compared with: x = [logit(u) < logit(p)] is a draw of Bernoulli(p)."""
     generator = generator or torch.Generator().manual_seed(0)
-    return torch.rand(num_samples, *IMAGE_SHAPE, generator=generator).logit().to(device)
+    return torch.rand(num_samples, *IMAGE_SHAPE, generator=generator).logit()
 
 
 class _LayerCache:

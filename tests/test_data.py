@@ -1,0 +1,117 @@
+"""Data: verification, unpacking by many processes at once, batches, ranges."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+from utils.data import UNPACKED_MD5, batches, binarize, load_mnist, to_symmetric, to_unit
+from utils.runs import UserError
+
+RAW = ROOT / "data" / "MNIST" / "raw"
+
+
+@pytest.fixture
+def archives(tmp_path):
+    """A data folder with the four archives, as in a fresh clone."""
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name in UNPACKED_MD5:
+        shutil.copy(RAW / f"{name}.gz", raw)
+    return tmp_path
+
+
+def test_unpacks_and_loads(archives):
+    (images, labels), (test_images, test_labels) = load_mnist(archives)
+    assert images.shape == (60_000, 1, 28, 28) and images.dtype == torch.uint8
+    assert labels.shape == (60_000,) and test_images.shape == (10_000, 1, 28, 28) and test_labels.shape == (10_000,)
+    assert labels[:5].tolist() == [5, 0, 4, 1, 9] and test_labels[:5].tolist() == [7, 2, 1, 0, 4]
+    assert images.max() == 255 and images.float().mean().item() == pytest.approx(33.318, abs=1e-3)
+    names = {path.name for path in (archives / "MNIST" / "raw").iterdir()}
+    assert names == set(UNPACKED_MD5) | {f"{name}.gz" for name in UNPACKED_MD5}
+
+
+def test_eight_processes_start_together(archives):
+    code = "import sys; from utils.data import load_mnist; print(load_mnist(sys.argv[1])[0][0].sum().item())"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen([sys.executable, "-c", code, archives], cwd=ROOT, env=environment, stdout=subprocess.PIPE)
+        for _ in range(8)
+    ]
+    printed = {process.communicate()[0].strip() for process in started}
+    assert all(process.returncode == 0 for process in started) and printed == {b"1567298545"}
+
+
+def test_existing_data_needs_no_archives_and_nothing_is_written(archives):
+    load_mnist(archives)
+    raw = archives / "MNIST" / "raw"
+    for name in UNPACKED_MD5:
+        (raw / f"{name}.gz").unlink()
+    before = {path: path.stat().st_mtime_ns for path in [raw, *raw.iterdir()]}
+    load_mnist(archives)
+    assert before == {path: path.stat().st_mtime_ns for path in [raw, *raw.iterdir()]}
+
+
+@pytest.mark.parametrize("name", sorted(UNPACKED_MD5))
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("damage", ["truncated", "altered", "folder"])
+def test_damaged_files_are_refused_by_name(archives, name, suffix, damage):
+    path = archives / "MNIST" / "raw" / (name + suffix)
+    if not suffix:
+        load_mnist(archives)
+    content = bytearray(path.read_bytes())
+    path.unlink()
+    if damage == "folder":
+        path.mkdir()
+    elif damage == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=name):
+        load_mnist(archives)
+
+
+def test_missing_archive_that_cannot_be_downloaded_is_named(archives, monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", ["http://127.0.0.1:9/"])
+    (archives / "MNIST" / "raw" / "t10k-labels-idx1-ubyte.gz").unlink()
+    with pytest.raises(UserError, match="t10k-labels-idx1-ubyte.gz"):
+        load_mnist(archives)
+
+
+def test_folder_that_is_a_file(tmp_path):
+    (tmp_path / "data").write_text("")
+    with pytest.raises(UserError, match="--data-dir"):
+        load_mnist(tmp_path / "data")
+
+
+def test_batches_cover_everything_once_in_an_order_of_the_generator():
+    images, labels = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1), torch.arange(10)
+
+    def drawn(seed):
+        return [y.tolist() for _, y in batches(images, labels, 4, torch.Generator().manual_seed(seed))]
+
+    assert [len(batch) for batch in drawn(0)] == [4, 4, 2]
+    assert sorted(sum(drawn(0), [])) == list(range(10))
+    assert drawn(0) == drawn(0) != drawn(1)
+    assert [y.tolist() for _, y in batches(images, labels, 4)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    for x, y in batches(images, labels, 4, torch.Generator()):
+        assert x.flatten().tolist() == y.tolist()
+
+
+def test_ranges_and_binarisation():
+    pixels = torch.tensor([0, 127, 128, 255], dtype=torch.uint8)
+    assert to_unit(pixels).tolist() == pytest.approx([0, 127 / 255, 128 / 255, 1])
+    assert to_symmetric(pixels).tolist() == pytest.approx([-1, -1 / 255, 1 / 255, 1], abs=1e-6)
+    assert binarize(pixels, "threshold").tolist() == [0, 0, 1, 1]
+    assert torch.equal(binarize(pixels, "none"), to_unit(pixels))
+    drawn = binarize(pixels.repeat(20_000, 1), "stochastic")
+    assert set(drawn.unique().tolist()) == {0.0, 1.0}
+    assert torch.allclose(drawn.mean(0), to_unit(pixels), atol=0.02)
+    noise = torch.Generator()
+    first, second = (binarize(pixels.repeat(50), "stochastic", noise.manual_seed(seed)) for seed in (3, 3))
+    assert torch.equal(first, second)

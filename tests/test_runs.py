@@ -1,0 +1,248 @@
+"""Runs as a user starts them: files, determinism, interruption, bad input."""
+
+import csv
+import json
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import hw2_step1_main as step1
+import hw2_step2_main as step2
+import hw2_step3_main as step3
+from tests.conftest import ROOT
+from utils import runs
+
+COMMON = {"config.json", "metrics.json", "losses.csv", "loss.png", "samples.png", "model.pt", "checkpoint.pt"}
+STEPS = {
+    "gan": ("hw2_step1_main.py", [], {"samples_by_epoch.png"}, step1.load_model),
+    "pixelcnn": ("hw2_step2_main.py", [], set(), step2.load_model),
+    "conditional": (
+        "hw2_step2_main.py",
+        ["--conditional", "--digit", "7", "--binarize", "stochastic"],
+        {"samples_digit.png", "comparison.png"},
+        step2.load_model,
+    ),
+    "vae": ("hw2_step3_main.py", [], {"reconstructions.png", "latent_plane.png", "latent_means.png"}, step3.load_model),
+}
+
+
+def weights(folder):
+    return torch.load(folder / "model.pt", weights_only=True)["weights"]
+
+
+def assert_same_weights(first, second):
+    first, second = weights(first), weights(second)
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_dry_run_writes_every_file_and_is_deterministic(name, run_step, tmp_path):
+    script, flags, figures, load_model = STEPS[name]
+    folders = tmp_path / "a", tmp_path / "b"
+    for folder in folders:
+        done = run_step(script, "--dry-run", *flags, "--out-dir", folder, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "epoch 1/2" in done.stdout and "epoch 2/2" in done.stdout
+    folder = folders[0]
+    assert {path.name for path in folder.iterdir()} == COMMON | figures
+    for path in folder.glob("*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG")
+    for path in folder.glob("*.pt"):
+        torch.load(path, weights_only=True)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["seed"] == 0 and config["device"] == "cpu" and config["versions"]["torch"] == torch.__version__
+    for entry in json.loads((folder / "metrics.json").read_text()).values():
+        assert isinstance(entry["value"], float) and entry["unit"] and entry["formula"]
+    rows = list(csv.DictReader((folder / "losses.csv").open()))
+    assert int(rows[-1]["epoch"]) == 2
+    assert_same_weights(*folders)
+    network = load_model(folder / "model.pt")
+    assert not network.training
+
+    before = (folder / "samples.png").read_bytes(), (folder / "model.pt").read_bytes()
+    (folder / "samples.png").unlink()
+    done = run_step(script, "--sample-only", *flags, "--out-dir", folder)
+    assert done.returncode == 0, done.stderr
+    assert before == ((folder / "samples.png").read_bytes(), (folder / "model.pt").read_bytes())
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_interrupted_equals_uninterrupted(name, run_step, tmp_path):
+    """Ctrl-C in the middle of an epoch, then --resume: the same weights, bit for bit."""
+    script, flags, _, _ = STEPS[name]
+    flags = ["--dry-run", "--batch-size", "16", *flags, "--out-dir"]
+    assert run_step(script, *flags, tmp_path / "whole").returncode == 0
+    # The interrupt is sent from inside the process, at a batch chosen in advance.
+    code = (
+        "import runpy, signal, sys; from utils import runs\n"
+        "add, calls = runs.Run.add, []\n"
+        "def interrupting(self, *args, **losses):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 2 + 3 * (len(sys.argv) % 2): signal.raise_signal(signal.SIGINT)\n"
+        "    return add(self, *args, **losses)\n"
+        "runs.Run.add = interrupting\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    command = [sys.executable, "-c", code, str(ROOT / script), *flags, str(tmp_path / "cut")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 130, done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "cut" / "model.pt").exists()
+    epoch, batch, _ = torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)["position"]
+    assert batch == 2
+    resumed = run_step(script, *flags, tmp_path / "cut", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_weights(tmp_path / "whole", tmp_path / "cut")
+    assert (tmp_path / "whole" / "losses.csv").read_text() == (tmp_path / "cut" / "losses.csv").read_text()
+
+
+def test_ctrl_c_from_outside(tmp_path):
+    """A real SIGINT, sent while the training is under way."""
+    command = [sys.executable, str(ROOT / "hw2_step1_main.py"), "--epochs", "1000", "--out-dir", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == "step1_gan"
+
+
+@pytest.mark.parametrize(
+    "script, flags, expected",
+    [
+        ("hw2_step1_main.py", ["--epochs", "0"], "--epochs"),
+        ("hw2_step1_main.py", ["--batch-size", "-3"], "--batch-size"),
+        ("hw2_step1_main.py", ["--batch-size", "many"], "--batch-size"),
+        ("hw2_step1_main.py", ["--d-freq", "0"], "--d-freq"),
+        ("hw2_step1_main.py", ["--seed", "-1"], "--seed"),
+        ("hw2_step1_main.py", ["--seeds", "0"], "--seeds"),
+        ("hw2_step1_main.py", ["--variant", "nonsense"], "--list-variants"),
+        ("hw2_step1_main.py", ["--device", "tpu"], "--device"),
+        ("hw2_step1_main.py", ["--no-such-flag"], "--no-such-flag"),
+        ("hw2_step2_main.py", ["--digit", "10"], "--digit"),
+        ("hw2_step2_main.py", ["--digit", "-1"], "--digit"),
+        ("hw2_step2_main.py", ["--digit", "three"], "--digit"),
+        ("hw2_step2_main.py", ["--binarize", "maybe"], "--binarize"),
+        ("hw2_step3_main.py", ["--kl-coeff", "-1"], "--kl-coeff"),
+        ("hw2_step3_main.py", ["--kl-coeff", "nan"], "--kl-coeff"),
+        ("hw2_step3_main.py", ["--latent-dim", "0"], "--latent-dim"),
+        ("hw2_step3_main.py", ["--resume"], "no checkpoint"),
+        ("hw2_step3_main.py", ["--sample-only"], "no model"),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_code_2(script, flags, expected, run_step, tmp_path):
+    done = run_step(script, *flags, "--out-dir", tmp_path / "out")
+    assert_refused(done, expected)
+    assert not (tmp_path / "out").exists()
+
+
+def assert_refused(done, expected):
+    assert done.returncode == 2, done.stderr
+    assert expected in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
+def test_absent_device(run_step, tmp_path):
+    assert_refused(run_step("hw2_step1_main.py", "--device", "cuda", "--out-dir", tmp_path), "cuda")
+
+
+def test_unusable_folders(run_step, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert_refused(run_step("hw2_step1_main.py", "--data-dir", tmp_path / "file"), "--data-dir")
+    assert_refused(run_step("hw2_step1_main.py", "--dry-run", "--out-dir", tmp_path / "file" / "out"), "--out-dir")
+
+
+class _Payload:
+    """A pickle that would create a file on loading."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("content", ["empty", "random", "truncated", "pickle", "other step", "other values"])
+@pytest.mark.parametrize("file, flag", [("checkpoint.pt", "--resume"), ("model.pt", "--sample-only")])
+def test_bad_files_are_refused(content, file, flag, run_step, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    path = tmp_path / "run" / file
+    good = path.read_bytes()
+    if content == "empty":
+        path.write_bytes(b"")
+    elif content == "random":
+        path.write_bytes(bytes(torch.randint(256, (5000,), dtype=torch.uint8).tolist()))
+    elif content == "truncated":
+        path.write_bytes(good[: len(good) // 2])
+    elif content == "pickle":
+        path.write_bytes(pickle.dumps(_Payload(tmp_path / "pwned")))
+    elif content == "other step":
+        torch.save({**torch.load(path, weights_only=True), "step": "step1_gan"}, path)
+    else:
+        torch.save({"step": "step3_vae"}, path)
+    before = path.read_bytes()
+    done = run_step("hw2_step3_main.py", "--dry-run", flag, "--out-dir", tmp_path / "run")
+    assert_refused(done, file)
+    assert path.read_bytes() == before and not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("flags", [["--batch-size", "64"], ["--seed", "1"], ["--latent-dim", "3"]])
+def test_resume_with_other_hyperparameters_is_refused(flags, run_step, trained):
+    before = (trained / "checkpoint.pt").read_bytes(), (trained / "config.json").read_bytes()
+    assert_refused(run_step("hw2_step3_main.py", "--dry-run", "--resume", *flags, "--out-dir", trained), "same flags")
+    assert before == ((trained / "checkpoint.pt").read_bytes(), (trained / "config.json").read_bytes())
+
+
+@pytest.fixture(scope="module")
+def trained(run_step, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    assert run_step("hw2_step3_main.py", "--dry-run", "--out-dir", folder).returncode == 0
+    return folder
+
+
+@pytest.mark.parametrize("script", ["hw2_step1_main.py", "hw2_step2_main.py", "hw2_step3_main.py"])
+def test_variants_are_listed_and_every_one_runs(script, run_step, tmp_path):
+    listed = run_step(script, "--list-variants")
+    assert listed.returncode == 0 and listed.stdout.strip()
+    name = listed.stdout.split()[0]
+    assert run_step(script, "--variant", name, "--dry-run", "--out-dir", tmp_path).returncode == 0
+    config = json.loads((tmp_path / "variants" / name / "config.json").read_text())
+    assert config["variant"] == name
+
+
+def test_ablation_makes_a_table(run_step, tmp_path):
+    done = run_step("hw2_step3_main.py", "--ablation", "--seeds", "2", "--dry-run", "--out-dir", tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader((tmp_path / "ablation.csv").open()))
+    assert [row["variant"] for row in rows] == ["default", *step3.VARIANTS]
+    seeds = [json.loads((tmp_path / f"seeds/seed_{seed}/metrics.json").read_text()) for seed in (0, 1)]
+    values = [each["test_negative_elbo"]["value"] for each in seeds]
+    assert float(rows[0]["test_negative_elbo_mean"]) == pytest.approx(sum(values) / 2, rel=1e-5)
+    assert float(rows[0]["test_negative_elbo_std"]) == pytest.approx(abs(values[0] - values[1]) / 2**0.5, rel=1e-3)
+
+
+def test_means_weigh_a_short_last_batch_by_its_size():
+    run = object.__new__(runs.Run)
+    run._sums, run._bar, run.epoch, run.batch = {}, runs.tqdm(disable=True), 0, 0
+    run.add(4, loss=1.0)
+    run.add(1, loss=6.0)
+    assert run.means() == {"loss": 2.0}
+    with pytest.raises(runs.UserError, match="batch 1 of epoch 1"):
+        run.add(4, loss=float("nan"))
+
+
+def test_half_written_files_never_replace_whole_ones(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    runs.save_tensors(path, {"step": "a"})
+    monkeypatch.setattr(runs.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(runs.UserError, match="No space left"):
+        runs.save_tensors(path, {"step": "b"})
+    assert runs.load_tensors(path, ("a",), "checkpoint") == {"step": "a"}

@@ -41,7 +41,10 @@ DEFAULTS = dict(
 )
 
 VARIANTS = {
-    "wide-generator": ("does a generator with twice the channels draw better?", dict(g_channels=(128, 256, 512))),
+    "wide-generator": (
+        "does a generator with twice the channels draw better?",
+        dict(g_channels=(128, 256, 512)),
+    ),
     "deep-generator": ("does one more layer help the generator?", dict(g_channels=(64, 128, 256, 512))),
     "no-dropout": ("what does the discriminator's dropout do?", dict(dropout=0.0)),
     "equal-rates": ("what if both networks learn at the same rate?", dict(g_learning_rate=2e-4)),
@@ -84,11 +87,12 @@ def train_main_loop(
         g_optimizer=g_optimizer,
         d_optimizer=d_optimizer,
     )
-    if run.epoch == 0:
+    if run.epoch == run.batch == 0:
         monitor_images(run, averaged.module, epoch=0)
 
     for epoch in run.epochs(num_epochs):
-        for iteration, (x, _) in enumerate(run.batches(lambda order: batches(images, labels, batch_size, order)), 1):
+        for x, _ in run.progress(batches(images, labels, batch_size, run.order())):
+            iteration = run.batch + 1
             x = to_symmetric(x)
             with torch.no_grad():
                 fake_images = generator(torch.randn(len(x), dim_z, device=device))
@@ -102,7 +106,9 @@ def train_main_loop(
             else:
                 with torch.no_grad():
                     g_loss = criterion(outputs_fake, torch.ones_like(outputs_fake))
-            row = torch.stack([d_loss, g_loss, outputs_real.sigmoid().mean(), outputs_fake.sigmoid().mean()]).tolist()
+            row = torch.stack(
+                [d_loss, g_loss, outputs_real.sigmoid().mean(), outputs_fake.sigmoid().mean()]
+            ).tolist()
             row = dict(zip(("d_loss", "g_loss", "d_real", "d_fake"), row))
             run.add(len(x), **row)
             run.log(epoch=epoch, iteration=iteration, **row)
@@ -121,7 +127,10 @@ def monitor_losses(run):
     """loss.png, with what the theory expects where p_g = p_data (Goodfellow et al. 2014, section 4.1)."""
     history = run.history
     iterations_per_epoch = max(history["iteration"])
-    x = [epoch - 1 + iteration / iterations_per_epoch for epoch, iteration in zip(history["epoch"], history["iteration"])]
+    x = [
+        epoch - 1 + iteration / iterations_per_epoch
+        for epoch, iteration in zip(history["epoch"], history["iteration"])
+    ]
     losses = {"discriminator": history["d_loss"], "generator": history["g_loss"]}
     optimum = {"discriminator's optimum, log 4": math.log(4), "generator's optimum, log 2": math.log(2)}
     outputs = {"$D(x)$": history["d_real"], "$D(G(z))$": history["d_fake"]}
@@ -134,13 +143,17 @@ def monitor_losses(run):
 
 def draw_samples(run, generator):
     noise = torch.Generator().manual_seed(run.args.seed)
-    plotting.save_images(run.folder / "samples.png", generator.sample(10 * SAMPLE_COLUMNS, noise), SAMPLE_COLUMNS)
+    plotting.save_images(
+        run.folder / "samples.png", generator.sample(10 * SAMPLE_COLUMNS, noise), SAMPLE_COLUMNS
+    )
 
 
 def draw_strip(run):
     """samples_by_epoch.png: a row for each of up to STRIP_ROWS epochs, early ones closer together."""
     last = max(run.snapshots)
-    shown = sorted({round(last * (row / (STRIP_ROWS - 1)) ** 2) for row in range(STRIP_ROWS)} | {min(1, last)})
+    shown = sorted(
+        {round(last * (row / (STRIP_ROWS - 1)) ** 2) for row in range(STRIP_ROWS)} | {min(1, last)}
+    )
     images = torch.cat([run.snapshots[epoch] for epoch in shown]) / 255
     plotting.save_images(
         run.folder / "samples_by_epoch.png", images, SAMPLE_COLUMNS, [f"epoch {epoch}" for epoch in shown]
@@ -150,11 +163,16 @@ def draw_strip(run):
 def write_metrics(run, images):
     """Means over the last epoch; a GAN has no likelihood to report."""
     last = [row for row, epoch in enumerate(run.history["epoch"]) if epoch == run.epoch]
-    mean = {name: sum(run.history[name][row] for row in last) / len(last) for name in ("d_loss", "g_loss", "d_real", "d_fake")}
+    mean = {
+        name: sum(run.history[name][row] for row in last) / len(last)
+        for name in ("d_loss", "g_loss", "d_real", "d_fake")
+    }
     sizes = dict(train_images=len(images), averaged_over=f"iterations of epoch {run.epoch}")
     run.finish(
         len(images),
-        d_loss=runs.metric(mean["d_loss"], "nats", "-log D(x) - log(1 - D(G(z)))", optimum=math.log(4), **sizes),
+        d_loss=runs.metric(
+            mean["d_loss"], "nats", "-log D(x) - log(1 - D(G(z)))", optimum=math.log(4), **sizes
+        ),
         g_loss=runs.metric(mean["g_loss"], "nats", "-log D(G(z))", optimum=math.log(2), **sizes),
         d_real=runs.metric(mean["d_real"], "probability", "D(x)", optimum=0.5, **sizes),
         d_fake=runs.metric(mean["d_fake"], "probability", "D(G(z))", optimum=0.5, **sizes),

@@ -29,12 +29,7 @@ from utils.data import batches, binarize, load_mnist
 
 STEP, CONDITIONAL_STEP = "step2_pixelcnn", "step2_conditional_pixelcnn"
 
-DEFAULTS = dict(
-    num_epochs=20,  # passes over the 60,000 training images
-    batch_size=32,  # small batches make more steps, which pays where the time is short
-    learning_rate=3e-3,  # peak, reached after the warm-up and falling to zero at the end
-    warm_up=0.02,  # share of the steps in which the learning rate rises
-    binarize="threshold",  # x > 0.5; or "stochastic", a fresh Bernoulli(x) draw at each step
+ARCHITECTURE = dict(
     num_layers=8,  # type-B layers between the type-A layer and the head
     channels=32,  # feature maps of each
     kernel_size=7,  # wide kernels and few channels give the most for the time
@@ -42,10 +37,22 @@ DEFAULTS = dict(
     residual=True,  # each type-B layer adds to its input
 )
 
+DEFAULTS = dict(
+    num_epochs=20,  # passes over the 60,000 training images
+    batch_size=32,  # small batches make more steps, which pays where the time is short
+    learning_rate=3e-3,  # peak, reached after the warm-up and falling to zero at the end
+    warm_up=0.02,  # share of the steps in which the learning rate rises
+    binarize="threshold",  # x > 0.5; or "stochastic", a fresh Bernoulli(x) draw at each step
+    **ARCHITECTURE,
+)
+
 VARIANTS = {
     "plain": ("what do the residual connections do?", dict(residual=False, learning_rate=1e-3)),
     "narrow-kernels": ("do 5 x 5 kernels and more channels do as well?", dict(kernel_size=5, channels=48)),
-    "large": ("how far does it go on a GPU?", dict(num_epochs=100, num_layers=12, channels=96, learning_rate=1e-3)),
+    "large": (
+        "how far does it go on a GPU?",
+        dict(num_epochs=100, num_layers=12, channels=96, learning_rate=1e-3),
+    ),
 }
 
 NUM_CLASSES = 10
@@ -64,24 +71,31 @@ def predict(network, x, labels):
     return network(x)
 
 
-def train(run, network, train_set, test_set, batch_size, num_epochs, learning_rate, warm_up, binarize_how):
-    """Minimise the binary cross-entropy, which is the negative log-likelihood; uint8 images."""
-    images, labels = train_set
-    steps = num_epochs * math.ceil(len(images) / batch_size)
-    optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate, betas=(0.9, 0.99), fused=run.can_fuse)
+def train(run, network, train_set, test_set):
+    """Minimise the binary cross-entropy, which is the negative log-likelihood, over uint8 images."""
+    options = run.options
+    num_epochs, batch_size, how = (options[key] for key in ("num_epochs", "batch_size", "binarize"))
+    optimizer = torch.optim.Adam(
+        network.parameters(), lr=options["learning_rate"], betas=(0.9, 0.99), fused=run.can_fuse
+    )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, learning_rate, steps, pct_start=warm_up, anneal_strategy="linear", cycle_momentum=False
+        optimizer,
+        max_lr=options["learning_rate"],
+        total_steps=num_epochs * math.ceil(len(train_set[0]) / batch_size),
+        pct_start=options["warm_up"],
+        anneal_strategy="linear",
+        cycle_momentum=False,
     )
     criterion = nn.BCEWithLogitsLoss()
     run.start(network=network, optimizer=optimizer, schedule=schedule)
     if run.epoch == run.batch == 0:
-        log_epoch(run, network, test_set, binarize_how, epoch=0)
+        log_epoch(run, network, test_set, epoch=0)
 
     for epoch in run.epochs(num_epochs):
-        for x, y in run.batches(lambda order: batches(images, labels, batch_size, order)):
-            x = binarize(x, binarize_how)
+        for x, labels in run.progress(batches(*train_set, batch_size, run.order())):
+            x = binarize(x, how)
             with run.autocast():
-                logits = predict(network, x, y)
+                logits = predict(network, x, labels)
             loss = criterion(logits.float(), x)
             optimizer.zero_grad()
             loss.backward()
@@ -89,19 +103,19 @@ def train(run, network, train_set, test_set, batch_size, num_epochs, learning_ra
             schedule.step()
             # The criterion averages over pixels as well; an image's likelihood is their sum.
             run.add(len(x), train_nll=loss.item() * NUM_PIXELS)
-        log_epoch(run, network, test_set, binarize_how, epoch)
+        log_epoch(run, network, test_set, epoch)
 
 
-def log_epoch(run, network, test_set, binarize_how, epoch):
+def log_epoch(run, network, test_set, epoch):
     with run.autocast():
-        test_nll = evaluate(network, *test_set, binarize_how)
+        test_nll = evaluate(network, *test_set, run.options["binarize"])
     row = dict(train_nll=run.means().get("train_nll"), test_nll=test_nll, test_bits=bits_per_pixel(test_nll))
     run.log(epoch=epoch, **row)
     run.say(epoch, **row)
 
 
 @torch.no_grad()
-def evaluate(network, images, labels, binarize_how, batch_size=250):
+def evaluate(network, images, labels, how, batch_size=250):
     """Negative log-likelihood in nats per image, the mean over uint8 images.
 
     Stochastic binarisation draws the same pixels at every call, so that epochs and networks compare.
@@ -110,7 +124,7 @@ def evaluate(network, images, labels, binarize_how, batch_size=250):
     draw = torch.Generator(images.device).manual_seed(0)
     total = 0.0
     for x, y in batches(images, labels, batch_size):
-        x = binarize(x, binarize_how, draw)
+        x = binarize(x, how, draw)
         total += F.binary_cross_entropy_with_logits(predict(network, x, y).float(), x, reduction="sum").item()
     network.train()
     return total / len(images)
@@ -125,7 +139,9 @@ def draw_losses(run):
     nll = {"training": history["train_nll"], "test": history["test_nll"]}
     trained = {name: [None, *values[1:]] for name, values in nll.items()}
     label = f"negative log-likelihood\n(nats per image, {run.options['binarize']})"
-    plotting.save_curves(run.folder / "loss.png", history["epoch"], [(label, nll, {}), ("from epoch 1 on", trained, {})])
+    plotting.save_curves(
+        run.folder / "loss.png", history["epoch"], [(label, nll, {}), ("from epoch 1 on", trained, {})]
+    )
 
 
 def draw_samples(run, network, conditional, digit, real_images):
@@ -137,21 +153,24 @@ def draw_samples(run, network, conditional, digit, real_images):
         plotting.save_images(folder / "samples.png", samples, columns)
         return
     samples = network.sample(torch.arange(NUM_CLASSES).repeat_interleave(columns), noise)
-    plotting.save_images(folder / "samples.png", samples, columns, [str(label) for label in range(NUM_CLASSES)])
+    plotting.save_images(
+        folder / "samples.png", samples, columns, [str(label) for label in range(NUM_CLASSES)]
+    )
     chosen = network.sample(torch.full((10 * columns,), digit), noise)
     plotting.save_images(folder / "samples_digit.png", chosen, columns, title=f"samples of the digit {digit}")
-    grids = {"real": real_images[: 10 * columns], "class-conditional": samples[torch.randperm(len(samples), generator=noise)]}
-    plain_path = runs.ROOT / "results" / STEP / "model.pt"
-    if plain_path.exists():
-        plain = load_model(plain_path, run.device).sample(10 * columns, noise)
-        grids = {"real": grids["real"], "unconditional": plain, "class-conditional": grids["class-conditional"]}
+    grids = {"real": real_images[: 10 * columns]}
+    unconditional = runs.ROOT / "results" / STEP / "model.pt"
+    if unconditional.exists():
+        grids["unconditional"] = load_model(unconditional, run.device).sample(10 * columns, noise)
+    grids["class-conditional"] = samples[torch.randperm(len(samples), generator=noise)]
     plotting.save_side_by_side(folder / "comparison.png", grids, columns)
 
 
-def write_metrics(run, network, train_set, test_set, binarize_how):
+def write_metrics(run, network, train_set, test_set):
     """Final figures, computed in single precision."""
-    protocol = dict(binarization=binarize_how, train_images=len(train_set[0]), test_images=len(test_set[0]))
-    nll = evaluate(network, *test_set, binarize_how)
+    how = run.options["binarize"]
+    protocol = dict(binarization=how, train_images=len(train_set[0]), test_images=len(test_set[0]))
+    nll = evaluate(network, *test_set, how)
     seen = [images[: len(test_set[0])] for images in train_set]
     best = min(run.history["test_nll"])
     started = time.perf_counter()
@@ -166,9 +185,15 @@ def write_metrics(run, network, train_set, test_set, binarize_how):
             best, "nats per image", FORMULA, epoch=run.history["test_nll"].index(best), **protocol
         ),
         train_nll=runs.metric(
-            evaluate(network, *seen, binarize_how), "nats per image", FORMULA, over=f"first {len(seen[0])} training images", **protocol
+            evaluate(network, *seen, how),
+            "nats per image",
+            FORMULA,
+            over=f"first {len(seen[0])} training images",
+            **protocol,
         ),
-        sampling_time=runs.metric(sampling, "seconds", "wall time of drawing 64 images", hardware=runs.hardware(run.device)),
+        sampling_time=runs.metric(
+            sampling, "seconds", "wall time of drawing 64 images", hardware=runs.hardware(run.device)
+        ),
     )
 
 
@@ -181,11 +206,17 @@ def main():
     parser = runs.make_parser(__doc__, DEFAULTS)
     parser.add_argument("--conditional", action="store_true", help="the class-conditional network")
     parser.add_argument(
-        "--digit", type=int, choices=range(NUM_CLASSES), default=3, metavar="D",
+        "--digit",
+        type=int,
+        choices=range(NUM_CLASSES),
+        default=3,
+        metavar="D",
         help="digit of samples_digit.png, with --conditional (3)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--binarize", choices=["threshold", "stochastic"], help=f"how pixels become binary ({DEFAULTS['binarize']})"
+        "--binarize",
+        choices=["threshold", "stochastic"],
+        help=f"how pixels become binary ({DEFAULTS['binarize']})",
     )
     args = parser.parse_args()
     options = runs.choose_options(parser, args, DEFAULTS, VARIANTS)
@@ -196,20 +227,17 @@ def main():
     train_set, test_set = load_mnist(args.data_dir, run.device)
     real_images = binarize(test_set[0][:100], options["binarize"], torch.Generator(run.device).manual_seed(0))
     if args.sample_only:
-        return draw_samples(run, load_model(run.folder / "model.pt", run.device), args.conditional, args.digit, real_images)
+        network = load_model(run.folder / "model.pt", run.device)
+        return draw_samples(run, network, args.conditional, args.digit, real_images)
 
     train_set, test_set = run.limit(*train_set), run.limit(*test_set)
-    architecture = {key: options[key] for key in ("num_layers", "channels", "kernel_size", "head_channels", "residual")}
-    architecture["conditional"] = args.conditional
+    architecture = dict(conditional=args.conditional, **{key: options[key] for key in ARCHITECTURE})
     network = build_network(**architecture).to(run.device, memory_format=torch.channels_last)
-    train(
-        run, network, train_set, test_set, options["batch_size"], options["num_epochs"], options["learning_rate"],
-        options["warm_up"], options["binarize"],
-    )  # fmt: skip
+    train(run, network, train_set, test_set)
     runs.save_model(run.folder / "model.pt", step, network, architecture)
     draw_losses(run)
     draw_samples(run, network.eval(), args.conditional, args.digit, real_images)
-    write_metrics(run, network, train_set, test_set, options["binarize"])
+    write_metrics(run, network, train_set, test_set)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ NUM_PIXELS = 28 * 28
 DEFAULTS = dict(
     num_epochs=60,  # passes over the 60,000 training images
     batch_size=128,
-    learning_rate=1e-3,  # peak, reached after the warm-up and falling to zero at the end
+    learning_rate=1e-3,  # falling to zero along a cosine
     kl_coeff=1.0,  # weight of the KL term; 1 is the ELBO
     latent_dim=2,  # two, so that the latent plane can be looked at
     hidden_dims=(256, 256, 256),  # of the encoder, the decoder mirrors them; out of the assignment's set
@@ -62,31 +62,37 @@ def loss_terms(model, x):
     return reconstruction, kl_divergence(outputs["mean"], outputs["logvar"]).mean()
 
 
-def train(run, model, train_set, test_set, num_epochs, batch_size, learning_rate, kl_coeff, how):
-    """Minimise `loss_func` over uint8 images; `how` says what their pixels become, see `binarize`."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
+def train(run, model, train_set, test_set):
+    """Minimise `loss_func` over uint8 images."""
+    options = run.options
+    num_epochs, batch_size, how = (options[key] for key in ("num_epochs", "batch_size", "binarize"))
+    optimizer = torch.optim.Adam(model.parameters(), lr=options["learning_rate"])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_epochs)
     run.start(model=model, optimizer=optimizer, schedule=schedule)
     if run.epoch == run.batch == 0:
-        log_epoch(run, model, train_set, test_set, how, epoch=0)
+        log_epoch(run, model, train_set, test_set, epoch=0)
 
     for epoch in run.epochs(num_epochs):
-        for x, _ in run.batches(lambda order: batches(*train_set, batch_size, order)):
-            loss = loss_func(model, binarize(x, how), kl_coeff)
+        for x, _ in run.progress(batches(*train_set, batch_size, run.order())):
+            loss = loss_func(model, binarize(x, how), options["kl_coeff"])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             run.add(len(x), loss=loss.item())
         schedule.step()
-        log_epoch(run, model, train_set, test_set, how, epoch)
+        log_epoch(run, model, train_set, test_set, epoch)
 
 
-def log_epoch(run, model, train_set, test_set, how, epoch):
+def log_epoch(run, model, train_set, test_set, epoch):
     row = dict(loss=run.means().get("loss"))
     # As many training images as test images, after the epoch, so that the two compare.
     for name, (images, _) in (("train", train_set), ("test", test_set)):
-        reconstruction, kl = evaluate(model, images[: len(test_set[0])], how)
-        row |= {f"{name}_elbo": -reconstruction - kl, f"{name}_reconstruction": reconstruction, f"{name}_kl": kl}
+        reconstruction, kl = evaluate(model, images[: len(test_set[0])], run.options["binarize"])
+        row |= {
+            f"{name}_elbo": -reconstruction - kl,
+            f"{name}_reconstruction": reconstruction,
+            f"{name}_kl": kl,
+        }
     run.log(epoch=epoch, **row)
     run.say(epoch, **row)
 
@@ -109,7 +115,9 @@ def draw_losses(run):
         ("KL$(q(z|x) \\,\\|\\, p(z))$", "kl", 1),
     ):
         # Before the training the terms are so large that the rest of the curve would be flat.
-        curves = {name: [None, *(sign * v for v in history[f"{name}_{column}"][1:])] for name in ("train", "test")}
+        curves = {
+            name: [None, *(sign * v for v in history[f"{name}_{column}"][1:])] for name in ("train", "test")
+        }
         panels.append((f"{label} (nats)", curves, {}))
     plotting.save_curves(run.folder / "loss.png", history["epoch"], panels)
 
@@ -123,7 +131,10 @@ def draw_reconstructions(run, model, images):
     decoded = model.decode(mean).reshape(x.shape)
     rows = [half for pair in zip(x.split(columns), decoded.split(columns)) for half in pair]
     plotting.save_images(
-        run.folder / "reconstructions.png", torch.cat(rows), columns, ["original", "reconstruction"] * (len(rows) // 2)
+        run.folder / "reconstructions.png",
+        torch.cat(rows),
+        columns,
+        ["original", "reconstruction"] * (len(rows) // 2),
     )
 
 
@@ -170,9 +181,14 @@ def write_metrics(run, model, train_set, test_set):
             metrics[key] = runs.metric(value, "nats per image", formula, **sizes)
     best = max(run.history["test_elbo"])
     metrics["best_test_negative_elbo"] = runs.metric(
-        -best, "nats per image", ELBO_FORMULA, epoch=run.history["test_elbo"].index(best),
-        pixels=run.options["binarize"], train_images=len(train_set[0]), test_images=len(test_set[0]),
-    )  # fmt: skip
+        -best,
+        "nats per image",
+        ELBO_FORMULA,
+        epoch=run.history["test_elbo"].index(best),
+        pixels=run.options["binarize"],
+        train_images=len(train_set[0]),
+        test_images=len(test_set[0]),
+    )
     run.finish(len(train_set[0]), **metrics)
 
 
@@ -187,7 +203,9 @@ def main():
         "--kl-coeff", type=runs.non_negative, help=f"weight of the KL term ({DEFAULTS['kl_coeff']})"
     )
     parser.add_argument(
-        "--latent-dim", type=runs.whole_number(2), help=f"latent dimensions, two or more ({DEFAULTS['latent_dim']})"
+        "--latent-dim",
+        type=runs.whole_number(2),
+        help=f"latent dimensions, two or more ({DEFAULTS['latent_dim']})",
     )
     args = parser.parse_args()
     options = runs.choose_options(parser, args, DEFAULTS, VARIANTS)
@@ -200,10 +218,7 @@ def main():
     train_set, test_set = (run.limit(*each) for each in load_mnist(args.data_dir, run.device))
     network = dict(input_dim=NUM_PIXELS, hidden_dims=[*options["hidden_dims"], 2 * options["latent_dim"]])
     model = VAE_model(**network).to(run.device)
-    train(
-        run, model, train_set, test_set, options["num_epochs"], options["batch_size"], options["learning_rate"],
-        options["kl_coeff"], options["binarize"],
-    )  # fmt: skip
+    train(run, model, train_set, test_set)
     runs.save_model(run.folder / "model.pt", STEP, model, network)
     draw_losses(run)
     draw_reconstructions(run, model, test_set[0])

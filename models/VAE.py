@@ -40,7 +40,9 @@ class VAE_model(nn.Module):
         decode_dim = input_dim if decode_dim == -1 else decode_dim
         encoder, decoder = [input_dim, *hidden], [self.z_size, *reversed(hidden)]
         self.encoder = nn.Sequential(*_hidden_layers(encoder), nn.Linear(encoder[-1], output))
-        self.decoder = nn.Sequential(*_hidden_layers(decoder), nn.Linear(decoder[-1], decode_dim), nn.Sigmoid())
+        self.decoder = nn.Sequential(
+            *_hidden_layers(decoder), nn.Linear(decoder[-1], decode_dim), nn.Sigmoid()
+        )
 
     def encode(self, x):
         """(N, 1, 28, 28) or (N, input_dim) images in [0, 1] -> mean and logvar of q(z|x), (N, z_size) each."""

@@ -24,6 +24,8 @@ def run_step():
     def run(script, *flags, cwd="/", **kwargs):
         command = [sys.executable, str(ROOT / script), *map(str, flags)]
         environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "MPLBACKEND": ""}
-        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, **kwargs)
+        return subprocess.run(
+            command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, **kwargs
+        )
 
     return run

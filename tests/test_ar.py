@@ -27,8 +27,12 @@ def test_masks_of_a_3x3_kernel():
     a = MaskedConv2d("A", 2, 3, 3).mask
     b = MaskedConv2d("B", 2, 3, 3).mask
     assert a.shape == b.shape == (3, 2, 3, 3)
-    assert torch.equal(a, torch.tensor([above, [1, 0, 0], right_of_centre_and_below]).expand(3, 2, 3, 3).float())
-    assert torch.equal(b, torch.tensor([above, [1, 1, 0], right_of_centre_and_below]).expand(3, 2, 3, 3).float())
+    assert torch.equal(
+        a, torch.tensor([above, [1, 0, 0], right_of_centre_and_below]).expand(3, 2, 3, 3).float()
+    )
+    assert torch.equal(
+        b, torch.tensor([above, [1, 1, 0], right_of_centre_and_below]).expand(3, 2, 3, 3).float()
+    )
 
 
 def test_mask_is_a_buffer_and_unknown_types_are_refused():

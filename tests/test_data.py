@@ -28,7 +28,11 @@ def archives(tmp_path):
 def test_unpacks_and_loads(archives):
     (images, labels), (test_images, test_labels) = load_mnist(archives)
     assert images.shape == (60_000, 1, 28, 28) and images.dtype == torch.uint8
-    assert labels.shape == (60_000,) and test_images.shape == (10_000, 1, 28, 28) and test_labels.shape == (10_000,)
+    assert (
+        labels.shape == (60_000,)
+        and test_images.shape == (10_000, 1, 28, 28)
+        and test_labels.shape == (10_000,)
+    )
     assert labels[:5].tolist() == [5, 0, 4, 1, 9] and test_labels[:5].tolist() == [7, 2, 1, 0, 4]
     assert images.max() == 255 and images.float().mean().item() == pytest.approx(33.318, abs=1e-3)
     names = {path.name for path in (archives / "MNIST" / "raw").iterdir()}
@@ -39,7 +43,9 @@ def test_eight_processes_start_together(archives):
     code = "import sys; from utils.data import load_mnist; print(load_mnist(sys.argv[1])[0][0].sum().item())"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     started = [
-        subprocess.Popen([sys.executable, "-c", code, archives], cwd=ROOT, env=environment, stdout=subprocess.PIPE)
+        subprocess.Popen(
+            [sys.executable, "-c", code, archives], cwd=ROOT, env=environment, stdout=subprocess.PIPE
+        )
         for _ in range(8)
     ]
     printed = {process.communicate()[0].strip() for process in started}

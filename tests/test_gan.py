@@ -12,7 +12,9 @@ CRITERION = nn.BCEWithLogitsLoss()
 
 
 def linear_widths(network):
-    return [(layer.in_features, layer.out_features) for layer in network.modules() if isinstance(layer, nn.Linear)]
+    return [
+        (layer.in_features, layer.out_features) for layer in network.modules() if isinstance(layer, nn.Linear)
+    ]
 
 
 def test_default_networks_are_the_assignments():
@@ -86,7 +88,9 @@ def test_discriminator_step_leaves_the_generator_alone():
     generator, discriminator = Generator(), Discriminator()
     optimizer = torch.optim.Adam(discriminator.parameters())
     fake = generator(torch.randn(8, 100))
-    train_discriminator(discriminator, optimizer, torch.rand(8, 1, 28, 28), fake, CRITERION, torch.device("cpu"))
+    train_discriminator(
+        discriminator, optimizer, torch.rand(8, 1, 28, 28), fake, CRITERION, torch.device("cpu")
+    )
     assert all(parameter.grad is None for parameter in generator.parameters())
 
 

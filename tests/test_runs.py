@@ -28,7 +28,12 @@ STEPS = {
         {"samples_digit.png", "comparison.png"},
         step2.load_model,
     ),
-    "vae": ("hw2_step3_main.py", [], {"reconstructions.png", "latent_plane.png", "latent_means.png"}, step3.load_model),
+    "vae": (
+        "hw2_step3_main.py",
+        [],
+        {"reconstructions.png", "latent_plane.png", "latent_means.png"},
+        step3.load_model,
+    ),
 }
 
 
@@ -56,7 +61,9 @@ def test_dry_run_writes_every_file_and_is_deterministic(name, run_step, tmp_path
     for path in folder.glob("*.pt"):
         torch.load(path, weights_only=True)
     config = json.loads((folder / "config.json").read_text())
-    assert config["seed"] == 0 and config["device"] == "cpu" and config["versions"]["torch"] == torch.__version__
+    assert (
+        config["seed"] == 0 and config["device"] == "cpu" and config["versions"]["torch"] == torch.__version__
+    )
     for entry in json.loads((folder / "metrics.json").read_text()).values():
         assert isinstance(entry["value"], float) and entry["unit"] and entry["formula"]
     rows = list(csv.DictReader((folder / "losses.csv").open()))
@@ -104,7 +111,14 @@ def test_interrupted_equals_uninterrupted(name, run_step, tmp_path):
 
 def test_ctrl_c_from_outside(tmp_path):
     """A real SIGINT, sent while the training is under way."""
-    command = [sys.executable, str(ROOT / "hw2_step1_main.py"), "--epochs", "1000", "--out-dir", str(tmp_path)]
+    command = [
+        sys.executable,
+        str(ROOT / "hw2_step1_main.py"),
+        "--epochs",
+        "1000",
+        "--out-dir",
+        str(tmp_path),
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.readline()
     time.sleep(0.3)
@@ -157,7 +171,9 @@ def test_absent_device(run_step, tmp_path):
 def test_unusable_folders(run_step, tmp_path):
     (tmp_path / "file").write_text("")
     assert_refused(run_step("hw2_step1_main.py", "--data-dir", tmp_path / "file"), "--data-dir")
-    assert_refused(run_step("hw2_step1_main.py", "--dry-run", "--out-dir", tmp_path / "file" / "out"), "--out-dir")
+    assert_refused(
+        run_step("hw2_step1_main.py", "--dry-run", "--out-dir", tmp_path / "file" / "out"), "--out-dir"
+    )
 
 
 class _Payload:
@@ -197,7 +213,9 @@ def test_bad_files_are_refused(content, file, flag, run_step, trained, tmp_path)
 @pytest.mark.parametrize("flags", [["--batch-size", "64"], ["--seed", "1"], ["--latent-dim", "3"]])
 def test_resume_with_other_hyperparameters_is_refused(flags, run_step, trained):
     before = (trained / "checkpoint.pt").read_bytes(), (trained / "config.json").read_bytes()
-    assert_refused(run_step("hw2_step3_main.py", "--dry-run", "--resume", *flags, "--out-dir", trained), "same flags")
+    assert_refused(
+        run_step("hw2_step3_main.py", "--dry-run", "--resume", *flags, "--out-dir", trained), "same flags"
+    )
     assert before == ((trained / "checkpoint.pt").read_bytes(), (trained / "config.json").read_bytes())
 
 
@@ -226,7 +244,9 @@ def test_ablation_makes_a_table(run_step, tmp_path):
     seeds = [json.loads((tmp_path / f"seeds/seed_{seed}/metrics.json").read_text()) for seed in (0, 1)]
     values = [each["test_negative_elbo"]["value"] for each in seeds]
     assert float(rows[0]["test_negative_elbo_mean"]) == pytest.approx(sum(values) / 2, rel=1e-5)
-    assert float(rows[0]["test_negative_elbo_std"]) == pytest.approx(abs(values[0] - values[1]) / 2**0.5, rel=1e-3)
+    assert float(rows[0]["test_negative_elbo_std"]) == pytest.approx(
+        abs(values[0] - values[1]) / 2**0.5, rel=1e-3
+    )
 
 
 def test_means_weigh_a_short_last_batch_by_its_size():
@@ -242,7 +262,9 @@ def test_means_weigh_a_short_last_batch_by_its_size():
 def test_half_written_files_never_replace_whole_ones(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pt"
     runs.save_tensors(path, {"step": "a"})
-    monkeypatch.setattr(runs.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        runs.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     with pytest.raises(runs.UserError, match="No space left"):
         runs.save_tensors(path, {"step": "b"})
     assert runs.load_tensors(path, ("a",), "checkpoint") == {"step": "a"}

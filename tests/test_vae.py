@@ -13,7 +13,9 @@ from models.VAE import VAE_model, kl_divergence, reconstruction_loss
 
 def test_architecture_and_shapes():
     model = VAE_model(784, [256, 128, 64, 4])
-    widths = [(layer.in_features, layer.out_features) for layer in model.modules() if isinstance(layer, nn.Linear)]
+    widths = [
+        (layer.in_features, layer.out_features) for layer in model.modules() if isinstance(layer, nn.Linear)
+    ]
     assert widths == [(784, 256), (256, 128), (128, 64), (64, 4), (2, 64), (64, 128), (128, 256), (256, 784)]
     assert model.z_size == 2 and isinstance(model.decoder[-1], nn.Sigmoid)
     outputs = model(torch.rand(3, 1, 28, 28))
@@ -35,13 +37,17 @@ def test_kl_known_values():
     zero = torch.zeros(1, 3)
     assert kl_divergence(zero, zero).item() == 0
     assert kl_divergence(zero + 2, zero).item() == pytest.approx(3 * 0.5 * 4)
-    assert kl_divergence(zero, zero + math.log(4)).item() == pytest.approx(3 * 0.5 * (4 - 1 - math.log(4)), rel=1e-6)
+    assert kl_divergence(zero, zero + math.log(4)).item() == pytest.approx(
+        3 * 0.5 * (4 - 1 - math.log(4)), rel=1e-6
+    )
 
 
 def test_reconstruction_against_torch_distributions():
     imgs = torch.rand(4, 784).clamp(0.01, 0.99)
     x = (torch.rand(4, 1, 28, 28) > 0.5).float()
-    assert torch.allclose(reconstruction_loss(imgs, x), -Bernoulli(imgs).log_prob(x.flatten(1)).sum(1), rtol=1e-4)
+    assert torch.allclose(
+        reconstruction_loss(imgs, x), -Bernoulli(imgs).log_prob(x.flatten(1)).sum(1), rtol=1e-4
+    )
 
 
 def test_loss_func_is_eq_2_summed_over_pixels_and_averaged_over_the_batch():

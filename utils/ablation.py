@@ -26,7 +26,9 @@ def run_all(script, step, args, variants):
     seeds = range(args.seed, args.seed + (args.seeds or DEFAULT_SEEDS))
     runs = [(name, seed) for name in names for seed in seeds]
     on_cpu = find_device(args.device).type == "cpu"
-    workers = min(len(runs), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    workers = min(
+        len(runs), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    )
     workers = workers if on_cpu else 1
     environment = {**os.environ, "OMP_NUM_THREADS": "1"} if workers > 1 else None
     flags = _other_flags()
@@ -39,7 +41,11 @@ def run_all(script, step, args, variants):
         command += ["--resume"] if args.resume and (place / "checkpoint.pt").exists() else []
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
-            reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
+            reason = (
+                done.stderr.strip().splitlines()[-1]
+                if done.stderr.strip()
+                else f"exit code {done.returncode}"
+            )
             raise UserError(f"the run of {name or 'default'} with seed {seed} failed: {reason}")
         return json.loads((place / "metrics.json").read_text())
 

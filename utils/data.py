@@ -106,7 +106,9 @@ def _unpack(raw, missing):
             archive = raw / name
             if archive.exists():
                 if not _verified(archive, md5):
-                    raise UserError(f"{archive} is damaged (its MD5 is not {md5}): delete it to have it downloaded")
+                    raise UserError(
+                        f"{archive} is damaged (its MD5 is not {md5}): delete it to have it downloaded"
+                    )
                 (nested / name).symlink_to(archive.resolve())
         try:
             MNIST(folder, download=True)

@@ -111,7 +111,9 @@ def save_scatter(path, points, labels, title):
     palette = plt.get_cmap("tab10")
     for digit in range(10):
         chosen = points[labels == digit]
-        axis.scatter(chosen[:, 0], chosen[:, 1], s=3, alpha=0.5, linewidths=0, color=palette(digit), label=digit)
+        axis.scatter(
+            chosen[:, 0], chosen[:, 1], s=3, alpha=0.5, linewidths=0, color=palette(digit), label=digit
+        )
     axis.legend(title="digit", markerscale=4, loc="center left", bbox_to_anchor=(1, 0.5))
     axis.set(xlabel="$z_1$", ylabel="$z_2$", title=title, aspect="equal")
     save(figure, path)

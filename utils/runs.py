@@ -11,6 +11,7 @@ import platform
 import signal
 import sys
 import time
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -72,19 +73,46 @@ def make_parser(description, defaults):
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--epochs", dest="num_epochs", type=whole_number(1), help=f"passes over the data ({defaults['num_epochs']})")
+    add(
+        "--epochs",
+        dest="num_epochs",
+        type=whole_number(1),
+        help=f"passes over the data ({defaults['num_epochs']})",
+    )
     add("--batch-size", type=whole_number(1), help=f"images of a training batch ({defaults['batch_size']})")
     add("--seed", type=whole_number(0), default=0, help="of every random number (0)")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto is cuda where there is one")
+    add(
+        "--device",
+        choices=["auto", "cpu", "cuda", "mps"],
+        default="auto",
+        help="auto is cuda where there is one",
+    )
     add("--data-dir", type=Path, default=ROOT / "data", help="folder with MNIST/raw (data/)")
-    add("--out-dir", type=Path, help="folder for the results, made if missing (the step's folder in results/)")
-    add("--dry-run", action="store_true", help="a few batches into dry_run/ below the results, to look around")
+    add(
+        "--out-dir", type=Path, help="folder for the results, made if missing (the step's folder in results/)"
+    )
+    add(
+        "--dry-run", action="store_true", help="a few batches into dry_run/ below the results, to look around"
+    )
     add("--resume", action="store_true", help="go on from the checkpoint of an interrupted run")
-    add("--sample-only", action="store_true", help="draw the samples of the trained model.pt, without training")
+    add(
+        "--sample-only",
+        action="store_true",
+        help="draw the samples of the trained model.pt, without training",
+    )
     add("--variant", metavar="NAME", help="train a named variant into variants/NAME below the results")
     add("--list-variants", action="store_true", help="say which variants there are and why, and stop")
-    add("--ablation", action="store_true", help="train the default and every variant, and make a table of them")
-    add("--seeds", type=whole_number(1), metavar="N", help="train with N seeds from --seed on, and make a table (3 with --ablation)")
+    add(
+        "--ablation",
+        action="store_true",
+        help="train the default and every variant, and make a table of them",
+    )
+    add(
+        "--seeds",
+        type=whole_number(1),
+        metavar="N",
+        help="train with N seeds from --seed on, and make a table (3 with --ablation)",
+    )
     return parser
 
 
@@ -93,7 +121,9 @@ def choose_options(parser, args, defaults, variants):
     if args.list_variants:
         width = max(map(len, variants), default=0)
         for name, (reason, changes) in variants.items():
-            print(f"{name:{width}}  {reason} ({', '.join(f'{key}={value}' for key, value in changes.items())})")
+            print(
+                f"{name:{width}}  {reason} ({', '.join(f'{key}={value}' for key, value in changes.items())})"
+            )
         parser.exit()
     if args.variant is not None and args.variant not in variants:
         parser.error(f"unknown variant {args.variant!r}: --list-variants names them")
@@ -126,7 +156,9 @@ def find_device(name):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available[name]:
-        raise UserError(f"this machine has no {name} device that torch can use: --device auto takes what there is")
+        raise UserError(
+            f"this machine has no {name} device that torch can use: --device auto takes what there is"
+        )
     return torch.device(name)
 
 
@@ -157,7 +189,9 @@ def write_csv(path, table):
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(table)
     for row in zip(*table.values()):
-        writer.writerow("" if value is None else f"{value:.6g}" if isinstance(value, float) else value for value in row)
+        writer.writerow(
+            "" if value is None else f"{value:.6g}" if isinstance(value, float) else value for value in row
+        )
     write_atomically(path, text.getvalue().encode())
 
 
@@ -175,18 +209,34 @@ def load_tensors(path, steps, kind, device="cpu"):
         UserError: the file is missing, damaged, no such file, or another step's.
     """
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickles that will be refused anyway
+            content = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"there is no {kind} at {path}: train first, without --resume or --sample-only") from None
+        raise UserError(
+            f"there is no {kind} at {path}: train first, without --resume or --sample-only"
+        ) from None
     except OSError as error:
         raise UserError(f"the {kind} {path} cannot be read: {error.strerror or error}") from None
-    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError, IndexError,
-            AttributeError, TypeError, AssertionError):  # fmt: skip
+    except (
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        TypeError,
+        AssertionError,
+    ):
         raise UserError(f"{path} is damaged or not a {kind}: delete it and train anew") from None
     found = content.get("step") if isinstance(content, dict) else None
     if found not in steps:
         wanted = " or ".join(steps)
-        raise UserError(f"{path} is not a {kind} of {wanted} but of {found or 'something else'}: name another --out-dir")
+        raise UserError(
+            f"{path} is not a {kind} of {wanted} but of {found or 'something else'}: name another --out-dir"
+        )
     return content
 
 
@@ -277,7 +327,9 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"the folder {self.folder} cannot be made ({error.strerror}): name another --out-dir") from None
+            raise UserError(
+                f"the folder {self.folder} cannot be made ({error.strerror}): name another --out-dir"
+            ) from None
         write_json(self.folder / "config.json", self._config())
 
     def epochs(self, num_epochs):
@@ -294,16 +346,17 @@ class Run:
         finally:
             signal.signal(signal.SIGINT, previous)
 
-    def batches(self, make_loader):
+    def order(self):
+        """Generator that shuffles this epoch, a function of seed and epoch alone."""
+        return torch.Generator().manual_seed((self.args.seed * 100_003 + self.epoch) % 2**63)
+
+    def progress(self, loader):
         """The batches of this epoch, with a progress bar; on Ctrl-C saves after one and stops.
 
-        `make_loader(generator)` gives the DataLoader. Its order depends on seed and epoch alone, so a resumed
-        epoch skips the batches that were done and meets the others in the same order.
+        A resumed epoch skips the batches that were done, and `order` sees to it that the others are the same.
         """
-        order = torch.Generator().manual_seed((self.args.seed * 100_003 + self.epoch) % 2**63)
-        loader = make_loader(order)
         title = f"epoch {self.epoch + 1}/{self.options['num_epochs']}"
-        with tqdm(loader, title, initial=0, unit="batch", disable=None, leave=False) as self._bar:
+        with tqdm(loader, title, unit="batch", disable=None, leave=False) as self._bar:
             for index, batch in enumerate(self._bar):
                 if index < self.batch:
                     continue
@@ -343,16 +396,22 @@ class Run:
     def say(self, epoch, **values):
         """One line about an epoch."""
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if value is not None)
-        print(f"epoch {epoch}/{self.options['num_epochs']}  {shown}", flush=True)
+        seconds = self.seconds + time.perf_counter() - self._started if epoch else 0
+        print(f"epoch {epoch}/{self.options['num_epochs']}  {shown}  {seconds:.0f} s", flush=True)
 
     def finish(self, images_per_epoch, **metrics):
         """Write losses.csv and metrics.json, the figures with the wall time of the training."""
         write_csv(self.folder / "losses.csv", self.history)
         seen = images_per_epoch * self.epoch
         metrics["wall_time"] = metric(
-            self.seconds, "seconds", "training and the evaluation after each epoch", hardware=hardware(self.device)
+            self.seconds,
+            "seconds",
+            "training and the evaluation after each epoch",
+            hardware=hardware(self.device),
         )
-        metrics["speed"] = metric(seen / self.seconds, "training images per second", "images seen / wall time")
+        metrics["speed"] = metric(
+            seen / self.seconds, "training images per second", "images seen / wall time"
+        )
         write_json(self.folder / "metrics.json", metrics)
         print(f"results in {self.folder}")
 
@@ -366,12 +425,17 @@ class Run:
             "device": str(self.device),
             "hardware": hardware(self.device),
             "hyperparameters": self.options,
-            "versions": {"python": platform.python_version(), **{each.__name__: each.__version__ for each in packages}},
+            "versions": {
+                "python": platform.python_version(),
+                **{each.__name__: each.__version__ for each in packages},
+            },
         }
 
     def _identity(self):
         """What a checkpoint must share with the run that resumes it."""
-        options = {key: list(value) if isinstance(value, tuple) else value for key, value in self.options.items()}
+        options = {
+            key: list(value) if isinstance(value, tuple) else value for key, value in self.options.items()
+        }
         return {**options, "seed": self.args.seed, "dry_run": self.args.dry_run}
 
     def _save(self):
@@ -409,14 +473,18 @@ class Run:
             for name, each in self._tracked.items():
                 each.load_state_dict(checkpoint["tracked"][name])
             self.epoch, self.batch, self.seconds = checkpoint["position"]
-            self._sums, self.history, self.snapshots = (checkpoint[key] for key in ("sums", "history", "snapshots"))
+            self._sums, self.history, self.snapshots = (
+                checkpoint[key] for key in ("sums", "history", "snapshots")
+            )
             torch.set_rng_state(checkpoint["random"]["cpu"].cpu())
             if self.device.type == "cuda":
                 torch.cuda.set_rng_state(checkpoint["random"]["cuda"].cpu(), self.device)
             elif self.device.type == "mps":
                 torch.mps.set_rng_state(checkpoint["random"]["mps"].cpu())
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
-            raise UserError(f"{path} does not fit this version of the script: start anew without --resume") from None
+            raise UserError(
+                f"{path} does not fit this version of the script: start anew without --resume"
+            ) from None
 
     def _on_interrupt(self, *_):
         self._interrupted = True

@@ -11,6 +11,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from utils import runs  # noqa: E402  (found through the line above)
+
 
 @pytest.fixture(autouse=True)
 def _seed():
@@ -29,3 +31,20 @@ def run_step():
         )
 
     return run
+
+
+@pytest.fixture
+def call_step(monkeypatch, capsys):
+    """Call a step's main() in this process, which is quicker where only its end matters."""
+
+    def call(module, *flags):
+        monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, flags)])
+        code = 0
+        try:
+            runs.run_main(module.main)
+        except SystemExit as end:
+            code = end.code or 0
+        printed = capsys.readouterr()
+        return subprocess.CompletedProcess(sys.argv, code, printed.out, printed.err)
+
+    return call

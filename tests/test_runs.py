@@ -37,6 +37,11 @@ STEPS = {
 }
 
 
+def list_of(value):
+    """What JSON makes of a value."""
+    return list(value) if isinstance(value, tuple) else value
+
+
 def weights(folder):
     return torch.load(folder / "model.pt", weights_only=True)["weights"]
 
@@ -129,30 +134,30 @@ def test_ctrl_c_from_outside(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "script, flags, expected",
+    "module, flags, expected",
     [
-        ("hw2_step1_main.py", ["--epochs", "0"], "--epochs"),
-        ("hw2_step1_main.py", ["--batch-size", "-3"], "--batch-size"),
-        ("hw2_step1_main.py", ["--batch-size", "many"], "--batch-size"),
-        ("hw2_step1_main.py", ["--d-freq", "0"], "--d-freq"),
-        ("hw2_step1_main.py", ["--seed", "-1"], "--seed"),
-        ("hw2_step1_main.py", ["--seeds", "0"], "--seeds"),
-        ("hw2_step1_main.py", ["--variant", "nonsense"], "--list-variants"),
-        ("hw2_step1_main.py", ["--device", "tpu"], "--device"),
-        ("hw2_step1_main.py", ["--no-such-flag"], "--no-such-flag"),
-        ("hw2_step2_main.py", ["--digit", "10"], "--digit"),
-        ("hw2_step2_main.py", ["--digit", "-1"], "--digit"),
-        ("hw2_step2_main.py", ["--digit", "three"], "--digit"),
-        ("hw2_step2_main.py", ["--binarize", "maybe"], "--binarize"),
-        ("hw2_step3_main.py", ["--kl-coeff", "-1"], "--kl-coeff"),
-        ("hw2_step3_main.py", ["--kl-coeff", "nan"], "--kl-coeff"),
-        ("hw2_step3_main.py", ["--latent-dim", "0"], "--latent-dim"),
-        ("hw2_step3_main.py", ["--resume"], "no checkpoint"),
-        ("hw2_step3_main.py", ["--sample-only"], "no model"),
+        (step1, ["--epochs", "0"], "--epochs"),
+        (step1, ["--batch-size", "-3"], "--batch-size"),
+        (step1, ["--batch-size", "many"], "--batch-size"),
+        (step1, ["--d-freq", "0"], "--d-freq"),
+        (step1, ["--seed", "-1"], "--seed"),
+        (step1, ["--seeds", "0"], "--seeds"),
+        (step1, ["--variant", "nonsense"], "--list-variants"),
+        (step1, ["--device", "tpu"], "--device"),
+        (step1, ["--no-such-flag"], "--no-such-flag"),
+        (step2, ["--digit", "10"], "--digit"),
+        (step2, ["--digit", "-1"], "--digit"),
+        (step2, ["--digit", "three"], "--digit"),
+        (step2, ["--binarize", "maybe"], "--binarize"),
+        (step3, ["--kl-coeff", "-1"], "--kl-coeff"),
+        (step3, ["--kl-coeff", "nan"], "--kl-coeff"),
+        (step3, ["--latent-dim", "0"], "--latent-dim"),
+        (step3, ["--resume"], "no checkpoint"),
+        (step3, ["--sample-only"], "no model"),
     ],
 )
-def test_bad_usage_is_one_line_and_exit_code_2(script, flags, expected, run_step, tmp_path):
-    done = run_step(script, *flags, "--out-dir", tmp_path / "out")
+def test_bad_usage_is_one_line_and_exit_code_2(module, flags, expected, call_step, tmp_path):
+    done = call_step(module, *flags, "--out-dir", tmp_path / "out")
     assert_refused(done, expected)
     assert not (tmp_path / "out").exists()
 
@@ -164,16 +169,14 @@ def assert_refused(done, expected):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
-def test_absent_device(run_step, tmp_path):
-    assert_refused(run_step("hw2_step1_main.py", "--device", "cuda", "--out-dir", tmp_path), "cuda")
+def test_absent_device(call_step, tmp_path):
+    assert_refused(call_step(step1, "--device", "cuda", "--out-dir", tmp_path), "cuda")
 
 
-def test_unusable_folders(run_step, tmp_path):
+def test_unusable_folders(call_step, tmp_path):
     (tmp_path / "file").write_text("")
-    assert_refused(run_step("hw2_step1_main.py", "--data-dir", tmp_path / "file"), "--data-dir")
-    assert_refused(
-        run_step("hw2_step1_main.py", "--dry-run", "--out-dir", tmp_path / "file" / "out"), "--out-dir"
-    )
+    assert_refused(call_step(step1, "--data-dir", tmp_path / "file"), "--data-dir")
+    assert_refused(call_step(step1, "--dry-run", "--out-dir", tmp_path / "file" / "out"), "--out-dir")
 
 
 class _Payload:
@@ -186,9 +189,14 @@ class _Payload:
         return open, (str(self.path), "w")
 
 
+def test_bad_usage_of_a_process(run_step, tmp_path):
+    done = run_step("hw2_step2_main.py", "--digit", "12", "--out-dir", tmp_path / "out")
+    assert_refused(done, "--digit")
+
+
 @pytest.mark.parametrize("content", ["empty", "random", "truncated", "pickle", "other step", "other values"])
 @pytest.mark.parametrize("file, flag", [("checkpoint.pt", "--resume"), ("model.pt", "--sample-only")])
-def test_bad_files_are_refused(content, file, flag, run_step, trained, tmp_path):
+def test_bad_files_are_refused(content, file, flag, call_step, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     path = tmp_path / "run" / file
     good = path.read_bytes()
@@ -205,35 +213,39 @@ def test_bad_files_are_refused(content, file, flag, run_step, trained, tmp_path)
     else:
         torch.save({"step": "step3_vae"}, path)
     before = path.read_bytes()
-    done = run_step("hw2_step3_main.py", "--dry-run", flag, "--out-dir", tmp_path / "run")
+    done = call_step(step3, "--dry-run", flag, "--out-dir", tmp_path / "run")
     assert_refused(done, file)
     assert path.read_bytes() == before and not (tmp_path / "pwned").exists()
 
 
 @pytest.mark.parametrize("flags", [["--batch-size", "64"], ["--seed", "1"], ["--latent-dim", "3"]])
-def test_resume_with_other_hyperparameters_is_refused(flags, run_step, trained):
+def test_resume_with_other_hyperparameters_is_refused(flags, call_step, trained):
     before = (trained / "checkpoint.pt").read_bytes(), (trained / "config.json").read_bytes()
-    assert_refused(
-        run_step("hw2_step3_main.py", "--dry-run", "--resume", *flags, "--out-dir", trained), "same flags"
-    )
+    assert_refused(call_step(step3, "--dry-run", "--resume", *flags, "--out-dir", trained), "same flags")
     assert before == ((trained / "checkpoint.pt").read_bytes(), (trained / "config.json").read_bytes())
 
 
 @pytest.fixture(scope="module")
-def trained(run_step, tmp_path_factory):
+def trained(call_step, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     assert run_step("hw2_step3_main.py", "--dry-run", "--out-dir", folder).returncode == 0
     return folder
 
 
-@pytest.mark.parametrize("script", ["hw2_step1_main.py", "hw2_step2_main.py", "hw2_step3_main.py"])
-def test_variants_are_listed_and_every_one_runs(script, run_step, tmp_path):
-    listed = run_step(script, "--list-variants")
-    assert listed.returncode == 0 and listed.stdout.strip()
-    name = listed.stdout.split()[0]
-    assert run_step(script, "--variant", name, "--dry-run", "--out-dir", tmp_path).returncode == 0
+@pytest.mark.parametrize(
+    "module, name", [(step, name) for step in (step1, step2, step3) for name in step.VARIANTS]
+)
+def test_every_variant_is_listed_and_runs(module, name, call_step, tmp_path):
+    assert f"{name} " in call_step(module, "--list-variants").stdout
+    done = call_step(module, "--variant", name, "--dry-run", "--out-dir", tmp_path)
+    assert done.returncode == 0, done.stderr
     config = json.loads((tmp_path / "variants" / name / "config.json").read_text())
     assert config["variant"] == name
+    assert all(
+        config["hyperparameters"][key] == list_of(value)
+        for key, value in module.VARIANTS[name][1].items()
+        if key != "num_epochs"
+    )
 
 
 def test_ablation_makes_a_table(run_step, tmp_path):

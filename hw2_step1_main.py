@@ -91,27 +91,28 @@ def train_main_loop(
         monitor_images(run, averaged.module, epoch=0)
 
     for epoch in run.epochs(num_epochs):
-        for x, _ in run.progress(batches(images, labels, batch_size, run.order())):
-            iteration = run.batch + 1
+        loader = batches(images, labels, batch_size, run.order())
+        for x, _ in run.progress(loader):
+            iteration = run.epoch * len(loader) + run.batch + 1
             x = to_symmetric(x)
             with torch.no_grad():
                 fake_images = generator(torch.randn(len(x), dim_z, device=device))
-            d_loss, outputs_real, outputs_fake, _ = train_discriminator(
+            _, outputs_real, outputs_fake, d_loss_fake = train_discriminator(
                 discriminator, d_optimizer, x, fake_images, criterion, device, real_label
+            )
+            # The loss of Eq. 1, whatever label the discriminator was trained towards.
+            d_loss = criterion(outputs_real, torch.ones_like(outputs_real)) + d_loss_fake
+            row = dict(d_loss=d_loss.item(), g_loss=None)
+            row |= dict(
+                d_real=outputs_real.sigmoid().mean().item(), d_fake=outputs_fake.sigmoid().mean().item()
             )
             if iteration % d_freq == 0:
                 outputs = discriminator(generator(torch.randn(len(x), dim_z, device=device)))
                 g_loss, _ = train_generator(generator, g_optimizer, outputs, criterion, device)
                 averaged.update_parameters(generator)
-            else:
-                with torch.no_grad():
-                    g_loss = criterion(outputs_fake, torch.ones_like(outputs_fake))
-            row = torch.stack(
-                [d_loss, g_loss, outputs_real.sigmoid().mean(), outputs_fake.sigmoid().mean()]
-            ).tolist()
-            row = dict(zip(("d_loss", "g_loss", "d_real", "d_fake"), row))
+                row["g_loss"] = g_loss.item()
             run.add(len(x), **row)
-            run.log(epoch=epoch, iteration=iteration, **row)
+            run.log(iteration=iteration, epoch=epoch, **row)
         monitor_images(run, averaged.module, epoch)
         run.say(epoch, **run.means())
     return averaged.module
@@ -126,11 +127,8 @@ def monitor_images(run, generator, epoch):
 def monitor_losses(run):
     """loss.png, with what the theory expects where p_g = p_data (Goodfellow et al. 2014, section 4.1)."""
     history = run.history
-    iterations_per_epoch = max(history["iteration"])
-    x = [
-        epoch - 1 + iteration / iterations_per_epoch
-        for epoch, iteration in zip(history["epoch"], history["iteration"])
-    ]
+    iterations_per_epoch = max(history["iteration"]) // run.epoch
+    x = [iteration / iterations_per_epoch for iteration in history["iteration"]]
     losses = {"discriminator": history["d_loss"], "generator": history["g_loss"]}
     optimum = {"discriminator's optimum, log 4": math.log(4), "generator's optimum, log 2": math.log(2)}
     outputs = {"$D(x)$": history["d_real"], "$D(G(z))$": history["d_fake"]}
@@ -161,21 +159,22 @@ def draw_strip(run):
 
 
 def write_metrics(run, images):
-    """Means over the last epoch; a GAN has no likelihood to report."""
-    last = [row for row, epoch in enumerate(run.history["epoch"]) if epoch == run.epoch]
-    mean = {
-        name: sum(run.history[name][row] for row in last) / len(last)
-        for name in ("d_loss", "g_loss", "d_real", "d_fake")
-    }
-    sizes = dict(train_images=len(images), averaged_over=f"iterations of epoch {run.epoch}")
+    """Means over the images of the last epoch; a GAN has no likelihood to report."""
+    sizes = [len(batch) for batch in images.split(run.options["batch_size"])]
+    protocol = dict(train_images=len(images), over=f"epoch {run.epoch}, dropout active in the discriminator")
+
+    def mean(name):
+        pairs = [(v, n) for v, n in zip(run.history[name][-len(sizes) :], sizes) if v is not None]
+        return sum(value * size for value, size in pairs) / sum(size for _, size in pairs)
+
     run.finish(
         len(images),
         d_loss=runs.metric(
-            mean["d_loss"], "nats", "-log D(x) - log(1 - D(G(z)))", optimum=math.log(4), **sizes
+            mean("d_loss"), "nats", "-log D(x) - log(1 - D(G(z)))", optimum=math.log(4), **protocol
         ),
-        g_loss=runs.metric(mean["g_loss"], "nats", "-log D(G(z))", optimum=math.log(2), **sizes),
-        d_real=runs.metric(mean["d_real"], "probability", "D(x)", optimum=0.5, **sizes),
-        d_fake=runs.metric(mean["d_fake"], "probability", "D(G(z))", optimum=0.5, **sizes),
+        g_loss=runs.metric(mean("g_loss"), "nats", "-log D(G(z))", optimum=math.log(2), **protocol),
+        d_real=runs.metric(mean("d_real"), "probability", "D(x)", optimum=0.5, **protocol),
+        d_fake=runs.metric(mean("d_fake"), "probability", "D(G(z))", optimum=0.5, **protocol),
     )
 
 
@@ -204,10 +203,10 @@ def main():
     generator = train_main_loop(run, images, labels, **options)
     network = dict(dim_z=options["dim_z"], channels=options["g_channels"])
     runs.save_model(run.folder / "model.pt", STEP, generator, network)
+    write_metrics(run, images)
     monitor_losses(run)
     draw_strip(run)
     draw_samples(run, generator)
-    write_metrics(run, images)
 
 
 if __name__ == "__main__":

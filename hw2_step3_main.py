@@ -215,16 +215,17 @@ def main():
     if args.sample_only:
         return draw_samples(run, load_model(run.folder / "model.pt", run.device))
 
-    train_set, test_set = (run.limit(*each) for each in load_mnist(args.data_dir, run.device))
+    train_set, (test_images, test_labels) = load_mnist(args.data_dir, run.device)
+    train_set, test_set = run.limit(*train_set), run.limit(test_images, test_labels)
     network = dict(input_dim=NUM_PIXELS, hidden_dims=[*options["hidden_dims"], 2 * options["latent_dim"]])
     model = VAE_model(**network).to(run.device)
     train(run, model, train_set, test_set)
     runs.save_model(run.folder / "model.pt", STEP, model, network)
+    write_metrics(run, model.eval(), train_set, test_set)
     draw_losses(run)
-    draw_reconstructions(run, model, test_set[0])
-    draw_means(run, model, *test_set)
+    draw_reconstructions(run, model, test_images)
+    draw_means(run, model, test_images, test_labels)
     draw_samples(run, model)
-    write_metrics(run, model, train_set, test_set)
 
 
 if __name__ == "__main__":

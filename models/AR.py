@@ -46,6 +46,10 @@ class MaskedConv2d(nn.Conv2d):
             x = F.pad(x, (side, side, top, top - hidden_rows))
         return F.conv2d(x, self.weight[:, :, :rows] * self.mask[:, :, :rows], self.bias, self.stride)
 
+    def constant(self):
+        """What the layer adds to every pixel of its output."""
+        return self.bias
+
 
 class ConditionalMaskedConv2d(MaskedConv2d):
     """Masked convolution with a bias per class, W * x + b + V y (2016b, section 2.3).
@@ -65,6 +69,10 @@ class ConditionalMaskedConv2d(MaskedConv2d):
         """x (N, in_channels, H, W), y (N, num_classes) one-hot -> (N, out_channels, H', W')."""
         return super().forward(x) + self.class_emb(y)[:, :, None, None]
 
+    def constant(self, y):
+        """What the layer adds to every pixel of its output, (N, out_channels)."""
+        return self.bias + self.class_emb(y)
+
 
 class PixelCNN(nn.Module):
     """Logits of every pixel given the pixels before it.
@@ -80,7 +88,7 @@ class PixelCNN(nn.Module):
     """
 
     def __init__(
-        self, num_layers=6, channels=32, kernel_size=7, head_channels=64, residual=True, conv=MaskedConv2d
+        self, num_layers=8, channels=32, kernel_size=7, head_channels=64, residual=True, conv=MaskedConv2d
     ):
         super().__init__()
         self.residual = residual
@@ -105,8 +113,7 @@ class PixelCNN(nn.Module):
             cached: compute each feature once (Ramachandran et al. 2017, arXiv 1704.06001); without it, run
                 the whole network for every pixel. Both draw the same images.
         """
-        draw = self._sample_cached if cached else self._sample_naive
-        return draw(num_samples, generator, self.forward, lambda layer: layer.bias)
+        return self._draw(num_samples, generator, cached)
 
     def _logits(self, x, apply):
         """The network, with `apply(layer, features)` in place of each masked convolution.
@@ -122,29 +129,26 @@ class PixelCNN(nn.Module):
         return h
 
     @torch.no_grad()
-    def _sample_naive(self, num_samples, generator, forward, bias):
+    def _draw(self, num_samples, generator, cached, *y):
         images = self.first.weight.new_zeros(num_samples, *IMAGE_SHAPE)
-        thresholds = _thresholds(num_samples, generator).to(images)
-        for row in range(images.shape[2]):
-            for column in range(images.shape[3]):
-                logits = forward(images)[:, :, row, column]
-                images[:, :, row, column] = (thresholds[:, :, row, column] < logits).to(images)
-        return images
-
-    @torch.no_grad()
-    def _sample_cached(self, num_samples, generator, forward, bias):
-        images = self.first.weight.new_zeros(num_samples, *IMAGE_SHAPE)
-        thresholds = _thresholds(num_samples, generator).to(images)
+        _, _, height, width = images.shape
+        generator = generator or torch.Generator().manual_seed(0)
+        # x = [logit(u) < logit(p)] with uniform u is a draw of Bernoulli(p).
+        thresholds = torch.rand(images.shape, generator=generator).logit().to(images)
         layers = [self.first, *self.layers, *self.head]
-        caches = {layer: _LayerCache(layer, num_samples, images.shape[3], bias(layer)) for layer in layers}
-        for row in range(images.shape[2]):
+        caches = {layer: _LayerCache(layer, images, layer.constant(*y)) for layer in layers} if cached else {}
+        for row in range(height):
             for cache in caches.values():
                 cache.start_row()
-            for column in range(images.shape[3]):
-                logits = self._logits(None, lambda layer, h: caches[layer].column(column, h))
+            for column in range(width):
+                if cached:
+                    logits = self._logits(None, lambda layer, h: caches[layer].column(column, h))
+                else:
+                    logits = self(images, *y)[:, :, row, column]
                 pixels = (thresholds[:, :, row, column] < logits).to(images)
-                caches[self.first].store(column, pixels)
                 images[:, :, row, column] = pixels
+                if cached:
+                    caches[self.first].store(column, pixels)
         return images
 
 
@@ -167,20 +171,9 @@ class ConditionalPixelCNN(PixelCNN):
     def sample(self, labels, generator=None, cached=True):
         """Draw an image in {0, 1} for each of `labels`, (N,) integers; see `PixelCNN.sample`."""
         weight = self.first.class_emb.weight
-        y = F.one_hot(labels.to(weight.device), self.num_classes).to(weight.dtype)
-        draw = self._sample_cached if cached else self._sample_naive
-        return draw(
-            len(labels),
-            generator,
-            lambda images: self(images, y),
-            lambda layer: layer.bias + layer.class_emb(y),
-        )
-
-
-def _thresholds(num_samples, generator):
-    """Logits that pixels are compared with: x = [logit(u) < logit(p)] is a draw of Bernoulli(p)."""
-    generator = generator or torch.Generator().manual_seed(0)
-    return torch.rand(num_samples, *IMAGE_SHAPE, generator=generator).logit()
+        labels = torch.as_tensor(labels, device=weight.device).long()
+        y = F.one_hot(labels, self.num_classes).to(weight)
+        return self._draw(len(labels), generator, cached, y)
 
 
 class _LayerCache:
@@ -191,8 +184,9 @@ class _LayerCache:
     is computed for a whole row at once; a pixel then costs one matrix product with the kernel's last row.
     """
 
-    def __init__(self, layer, num_samples, width, bias):
-        self.layer, self.bias, self.width = layer, bias, width
+    def __init__(self, layer, images, constant):
+        num_samples, _, _, self.width = images.shape
+        self.constant = constant
         weight = (layer.weight * layer.mask)[:, :, : layer.kernel_size[0] // 2 + 1]
         self.weight_above = weight[:, :, :-1]
         self.reach = layer.kernel_size[1] // 2
@@ -201,7 +195,7 @@ class _LayerCache:
         self.weight_row = weight[:, :, -1, : self.seen].permute(2, 1, 0).flatten(0, 1).contiguous()
         self.channels = layer.in_channels
         self.inputs = weight.new_zeros(
-            self.weight_above.shape[2] + 1, num_samples, (width + 2 * self.reach) * self.channels
+            self.weight_above.shape[2] + 1, num_samples, (self.width + 2 * self.reach) * self.channels
         )
 
     def start_row(self):
@@ -212,9 +206,9 @@ class _LayerCache:
             self.inputs[-1] = 0
             x = self.inputs[:-1].unflatten(2, (-1, self.channels)).permute(1, 3, 0, 2)
             # (N, out_channels, 1, W) -> (W, N, out_channels)
-            self.above = F.conv2d(x, self.weight_above).squeeze(2).permute(2, 0, 1) + self.bias
+            self.above = F.conv2d(x, self.weight_above).squeeze(2).permute(2, 0, 1) + self.constant
         else:
-            self.above = self.bias.expand(self.width, self.inputs.shape[1], -1)
+            self.above = self.constant.expand(self.width, self.inputs.shape[1], -1)
 
     def store(self, column, x):
         """Keep the layer's input (N, channels) at this column of the row under way."""

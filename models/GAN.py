@@ -20,7 +20,7 @@ class Discriminator(nn.Module):
         dropout: probability with which each hidden unit is dropped in training.
     """
 
-    def __init__(self, channels=(256, 128, 64), dropout=0.3):
+    def __init__(self, channels=(256, 128, 64), dropout=0.5):
         super().__init__()
         layers, width = [], NUM_PIXELS
         for hidden in channels:
@@ -81,7 +81,7 @@ def train_discriminator(discriminator, d_optimizer, images, fake_images, criteri
         (d_loss, outputs_real, outputs_fake, d_loss_fake): the summed loss, the (N, 1) logits of the real
         and of the fake images, and the part of the loss that the fakes make.
     """
-    images, fake_images = images.to(device).flatten(1), fake_images.detach().to(device)
+    images, fake_images = images.to(device).flatten(1), fake_images.detach().to(device).flatten(1)
     # Without batch normalisation, one pass over both halves gives the logits of two.
     outputs_real, outputs_fake = discriminator(torch.cat([images, fake_images])).split(
         [len(images), len(fake_images)]

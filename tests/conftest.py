@@ -5,8 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import torch
+# Bit-for-bit equality is promised on the CPU. This has to be set before torch looks for a GPU.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

@@ -89,6 +89,15 @@ def test_missing_archive_that_cannot_be_downloaded_is_named(archives, monkeypatc
         load_mnist(archives)
 
 
+def test_archives_of_unpacked_files_are_not_needed(archives, monkeypatch):
+    load_mnist(archives)
+    monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", ["http://127.0.0.1:9/"])
+    raw = archives / "MNIST" / "raw"
+    (raw / "train-images-idx3-ubyte.gz").unlink()
+    (raw / "t10k-labels-idx1-ubyte").unlink()
+    assert load_mnist(archives)[1][1][:3].tolist() == [7, 2, 1]
+
+
 def test_folder_that_is_a_file(tmp_path):
     (tmp_path / "data").write_text("")
     with pytest.raises(UserError, match="--data-dir"):

@@ -1,11 +1,14 @@
 """Step 1: interface, losses worked out by hand, what an optimiser step may and may not touch."""
 
+import csv
+import inspect
 import math
 
 import pytest
 import torch
 from torch import nn
 
+import hw2_step1_main as step1
 from models.GAN import Discriminator, Generator, train_discriminator, train_generator
 
 CRITERION = nn.BCEWithLogitsLoss()
@@ -110,6 +113,38 @@ def test_generator_step():
     assert all(torch.equal(a, b) for a, b in zip(after[count:], before[count:]))
     assert all(parameter.grad is None for parameter in discriminator.parameters())
     assert discriminator(generator(z)).mean() > outputs.mean()
+
+
+def test_defaults_are_those_of_the_reported_run():
+    defaults = {
+        name: parameter.default
+        for network in (Generator, Discriminator)
+        for name, parameter in inspect.signature(network.__init__).parameters.items()
+    }
+    assert defaults["dim_z"] == step1.DEFAULTS["dim_z"] and defaults["dropout"] == step1.DEFAULTS["dropout"]
+    assert (
+        inspect.signature(Generator.__init__).parameters["channels"].default == step1.DEFAULTS["g_channels"]
+    )
+    assert (
+        inspect.signature(Discriminator.__init__).parameters["channels"].default
+        == step1.DEFAULTS["d_channels"]
+    )
+
+
+def test_knobs_of_the_training_loop():
+    knobs = {"batch_size", "dim_z", "num_epochs", "d_learning_rate", "g_learning_rate", "d_freq"}
+    assert knobs <= set(inspect.signature(step1.train_main_loop).parameters)
+    assert callable(step1.monitor_images) and callable(step1.monitor_losses)
+
+
+@pytest.mark.parametrize("d_freq", [1, 2, 5])
+def test_generator_is_updated_once_in_d_freq_iterations_across_epochs(d_freq, call_step, tmp_path):
+    done = call_step(step1, "--dry-run", "--d-freq", d_freq, "--out-dir", tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader((tmp_path / "losses.csv").open()))
+    assert [int(row["iteration"]) for row in rows] == list(range(1, 7))
+    updated = [int(row["iteration"]) for row in rows if row["g_loss"]]
+    assert updated == [iteration for iteration in range(1, 7) if iteration % d_freq == 0]
 
 
 def test_sampling_is_repeatable_and_leaves_the_global_state():

@@ -84,30 +84,36 @@ def test_dry_run_writes_every_file_and_is_deterministic(name, run_step, tmp_path
     assert before == ((folder / "samples.png").read_bytes(), (folder / "model.pt").read_bytes())
 
 
-@pytest.mark.parametrize("name", STEPS)
-def test_interrupted_equals_uninterrupted(name, run_step, tmp_path):
-    """Ctrl-C in the middle of an epoch, then --resume: the same weights, bit for bit."""
+# Sent from inside the process, at the batch whose number is the first argument, counted over the epochs.
+INTERRUPT = """
+import runpy, signal, sys
+from utils import runs
+last, add, seen = int(sys.argv.pop(1)), runs.Run.add, []
+def interrupting(self, *args, **losses):
+    seen.append(None)
+    if len(seen) == last:
+        signal.raise_signal(signal.SIGINT)
+    return add(self, *args, **losses)
+runs.Run.add = interrupting
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    "name, batch", [("gan", 2), ("gan", 3), ("pixelcnn", 5), ("conditional", 2), ("vae", 4)]
+)
+def test_interrupted_equals_uninterrupted(name, batch, run_step, tmp_path):
+    """Ctrl-C within an epoch or at its end, then --resume: the same weights and losses, bit for bit."""
     script, flags, _, _ = STEPS[name]
     flags = ["--dry-run", "--batch-size", "16", *flags, "--out-dir"]
     assert run_step(script, *flags, tmp_path / "whole").returncode == 0
-    # The interrupt is sent from inside the process, at a batch chosen in advance.
-    code = (
-        "import runpy, signal, sys; from utils import runs\n"
-        "add, calls = runs.Run.add, []\n"
-        "def interrupting(self, *args, **losses):\n"
-        "    calls.append(1)\n"
-        "    if len(calls) == 2 + 3 * (len(sys.argv) % 2): signal.raise_signal(signal.SIGINT)\n"
-        "    return add(self, *args, **losses)\n"
-        "runs.Run.add = interrupting\n"
-        "sys.argv = sys.argv[1:]\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    )
-    command = [sys.executable, "-c", code, str(ROOT / script), *flags, str(tmp_path / "cut")]
+    command = [sys.executable, "-c", INTERRUPT, str(batch), str(ROOT / script), *flags, str(tmp_path / "cut")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 130, done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "cut" / "model.pt").exists()
-    epoch, batch, _ = torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)["position"]
-    assert batch == 2
+    finished = torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)["position"][:2]
+    assert finished == divmod(batch, runs.DRY_RUN_BATCHES)
     resumed = run_step(script, *flags, tmp_path / "cut", "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert_same_weights(tmp_path / "whole", tmp_path / "cut")
@@ -194,7 +200,10 @@ def test_bad_usage_of_a_process(run_step, tmp_path):
     assert_refused(done, "--digit")
 
 
-@pytest.mark.parametrize("content", ["empty", "random", "truncated", "pickle", "other step", "other values"])
+@pytest.mark.parametrize(
+    "content",
+    ["empty", "random", "truncated", "altered", "pickle", "pickle in a zip", "other step", "other values"],
+)
 @pytest.mark.parametrize("file, flag", [("checkpoint.pt", "--resume"), ("model.pt", "--sample-only")])
 def test_bad_files_are_refused(content, file, flag, call_step, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
@@ -206,6 +215,11 @@ def test_bad_files_are_refused(content, file, flag, call_step, trained, tmp_path
         path.write_bytes(bytes(torch.randint(256, (5000,), dtype=torch.uint8).tolist()))
     elif content == "truncated":
         path.write_bytes(good[: len(good) // 2])
+    elif content == "altered":
+        middle = len(good) // 2
+        path.write_bytes(good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :])
+    elif content == "pickle in a zip":
+        torch.save(_Payload(tmp_path / "pwned"), path)
     elif content == "pickle":
         path.write_bytes(pickle.dumps(_Payload(tmp_path / "pwned")))
     elif content == "other step":
@@ -218,6 +232,57 @@ def test_bad_files_are_refused(content, file, flag, call_step, trained, tmp_path
     assert path.read_bytes() == before and not (tmp_path / "pwned").exists()
 
 
+def test_models_of_the_other_network_are_refused(call_step, tmp_path):
+    for flags, other in (([], ["--conditional"]), (["--conditional"], [])):
+        folder = tmp_path / f"run{len(flags)}"
+        assert call_step(step2, "--dry-run", "--batch-size", 2, *flags, "--out-dir", folder).returncode == 0
+        assert_refused(call_step(step2, "--sample-only", *other, "--out-dir", folder), "model.pt")
+
+
+def test_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(call_step, monkeypatch, tmp_path):
+    calls, loss_func = [], step3.loss_func
+
+    def diverging(*args):
+        calls.append(1)
+        return loss_func(*args) * (float("nan") if len(calls) == 5 else 1)
+
+    monkeypatch.setattr(step3, "loss_func", diverging)
+    done = call_step(step3, "--dry-run", "--out-dir", tmp_path)
+    assert_refused(done, "epoch 2, batch 2")
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert checkpoint["position"][:2] == (1, 0)
+    assert all(torch.isfinite(tensor).all() for tensor in checkpoint["tracked"]["model"].values())
+
+
+def test_default_folders_and_flags(call_step):
+    parser = runs.make_parser("", step1.DEFAULTS)
+    args = parser.parse_args([])
+    assert args.data_dir == ROOT / "data"
+    assert runs.results_folder("step1_gan", args) == ROOT / "results" / "step1_gan"
+    assert (
+        runs.results_folder("step1_gan", parser.parse_args(["--dry-run"])).parent
+        == ROOT / "results" / "step1_gan"
+    )
+    common = (
+        "--epochs --batch-size --seed --device --data-dir --out-dir --dry-run --resume --sample-only --variant "
+        "--list-variants --ablation --seeds"
+    ).split()
+    for module, own in (
+        (step1, ["--d-freq"]),
+        (step2, ["--conditional", "--digit", "--binarize"]),
+        (step3, ["--kl-coeff", "--latent-dim"]),
+    ):
+        printed = call_step(module, "--help").stdout
+        assert all(flag in printed for flag in common + own)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+@pytest.mark.parametrize("module", [step1, step3])
+def test_small_batches(module, batch_size, call_step, tmp_path):
+    done = call_step(module, "--dry-run", "--batch-size", batch_size, "--out-dir", tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("flags", [["--batch-size", "64"], ["--seed", "1"], ["--latent-dim", "3"]])
 def test_resume_with_other_hyperparameters_is_refused(flags, call_step, trained):
     before = (trained / "checkpoint.pt").read_bytes(), (trained / "config.json").read_bytes()
@@ -226,7 +291,7 @@ def test_resume_with_other_hyperparameters_is_refused(flags, call_step, trained)
 
 
 @pytest.fixture(scope="module")
-def trained(call_step, tmp_path_factory):
+def trained(run_step, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     assert run_step("hw2_step3_main.py", "--dry-run", "--out-dir", folder).returncode == 0
     return folder

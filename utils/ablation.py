@@ -15,14 +15,16 @@ DEFAULT_SEEDS = 3
 
 
 def run_all(script, step, args, variants):
-    """Train `--seeds` times `--variant`, or with `--ablation` the default and every variant.
+    """Train `--seeds` times the default or `--variant`; with `--ablation` the default and that or every variant.
 
     Each run goes into seeds/seed_S below the results and is a process of its own: one thread and as many at
     once as there are cores on the CPU, one at a time on a GPU. With `--resume` finished runs are kept and
-    interrupted ones go on. The table, ablation.csv, has the mean and standard deviation of every figure.
+    interrupted ones go on. The table, ablation.csv or seeds.csv, has the mean and standard deviation of every
+    figure.
     """
     folder = results_folder(step, args)
-    names = [None, *variants] if args.ablation else [args.variant]
+    names = [args.variant] if args.variant else list(variants) if args.ablation else []
+    names = [None, *names] if args.ablation or not names else names
     seeds = range(args.seed, args.seed + (args.seeds or DEFAULT_SEEDS))
     runs = [(name, seed) for name in names for seed in seeds]
     on_cpu = find_device(args.device).type == "cpu"
@@ -56,11 +58,11 @@ def run_all(script, step, args, variants):
             for future in tqdm(as_completed(futures), "runs", total=len(runs), disable=None):
                 name, seed = futures[future]
                 results[name, seed] = future.result()
-                print(f"{name or 'default'}, seed {seed}: done", flush=True)
+                tqdm.write(f"{name or 'default'}, seed {seed}: done")
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    path = folder / "ablation.csv"
+    path = folder / ("ablation.csv" if args.ablation else "seeds.csv")
     write_csv(path, _table(names, seeds, results))
     print(f"table in {path}")
 

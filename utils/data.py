@@ -1,13 +1,16 @@
 """MNIST as one tensor, verified, and batches of it."""
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
+from urllib.error import URLError
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
 from torchvision.datasets import MNIST
-from torchvision.datasets.utils import check_integrity
+from torchvision.datasets.mnist import read_image_file, read_label_file
+from torchvision.datasets.utils import check_integrity, download_and_extract_archive
 
 from utils.runs import UserError
 
@@ -31,15 +34,19 @@ def load_mnist(data_dir, device="cpu"):
         UserError: a file is missing, truncated or altered, or the folder cannot be used.
     """
     raw = Path(data_dir) / "MNIST" / "raw"
-    missing = [name for name in UNPACKED_MD5 if not (raw / name).exists()]
+    missing = [name for name in UNPACKED_MD5 if not os.path.exists(raw / name)]
     if missing:
         _unpack(raw, missing)
     for name, md5 in UNPACKED_MD5.items():
         if not _verified(raw / name, md5):
             raise UserError(f"{raw / name} is damaged: delete it, and it is unpacked anew from {name}.gz")
-    sets = MNIST(data_dir, train=True), MNIST(data_dir, train=False)
-    train, test = ((each.data.unsqueeze(1).to(device), each.targets.to(device)) for each in sets)
-    return train, test
+
+    def load(name):
+        images = read_image_file(str(raw / f"{name}-images-idx3-ubyte")).unsqueeze(1)
+        labels = read_label_file(str(raw / f"{name}-labels-idx1-ubyte"))
+        return images.to(device), labels.to(device)
+
+    return load("train"), load("t10k")
 
 
 def batches(images, labels, batch_size, generator=None):
@@ -100,26 +107,35 @@ def _unpack(raw, missing):
             "unpack the data there or name another folder with --data-dir"
         ) from None
     with temporary as folder:
-        nested = Path(folder) / "MNIST" / "raw"
-        nested.mkdir(parents=True)
-        for name, md5 in MNIST.resources:
-            archive = raw / name
-            if archive.exists():
-                if not _verified(archive, md5):
-                    raise UserError(
-                        f"{archive} is damaged (its MD5 is not {md5}): delete it to have it downloaded"
-                    )
-                (nested / name).symlink_to(archive.resolve())
+        for archive, md5 in MNIST.resources:
+            name = archive.removesuffix(".gz")
+            if name not in missing:
+                continue
+            try:
+                _extract(raw / archive, md5, folder)
+                if not os.path.exists(raw / name):
+                    os.replace(Path(folder) / name, raw / name)
+            except OSError as error:
+                # Where another process was quicker, some systems refuse to replace its file.
+                if not _verified(raw / name, UNPACKED_MD5[name]):
+                    raise UserError(f"{raw / name} cannot be written: {error.strerror or error}") from None
+
+
+def _extract(archive, md5, folder):
+    """Unpack an archive, or download it where it is missing, into the folder."""
+    if os.path.exists(archive):
+        if not _verified(archive, md5):
+            raise UserError(f"{archive} is damaged (its MD5 is not {md5}): delete it to have it downloaded")
+        shutil.copyfile(archive, Path(folder) / archive.name)
+        mirrors = [""]
+    else:
+        mirrors = MNIST.mirrors
+    for mirror in mirrors:
         try:
-            MNIST(folder, download=True)
-        except (RuntimeError, OSError) as error:
-            absent = [name for name, _ in MNIST.resources if not (raw / name).exists()]
-            if not absent:
-                raise UserError(f"the archives in {raw} cannot be unpacked: {error}") from None
-            raise UserError(
-                f"{raw} lacks {', '.join(absent)}, and downloading failed: "
-                "put these files there or name another folder with --data-dir"
-            ) from None
-        for name in [*(f"{name}.gz" for name in missing), *missing]:
-            if not (nested / name).is_symlink():
-                os.replace(nested / name, raw / name)
+            return download_and_extract_archive(mirror + archive.name, folder, filename=archive.name, md5=md5)
+        except (RuntimeError, URLError):
+            continue
+    raise UserError(
+        f"{archive.parent} lacks {archive.name}, and downloading it failed: put it there or name another folder "
+        "with --data-dir"
+    )

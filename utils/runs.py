@@ -11,8 +11,8 @@ import platform
 import signal
 import sys
 import time
-import warnings
 import zipfile
+import zlib
 from pathlib import Path
 
 import matplotlib
@@ -176,7 +176,8 @@ def write_atomically(path, content):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written ({error.strerror}): name another --out-dir") from None
 
 
 def write_json(path, content):
@@ -209,9 +210,10 @@ def load_tensors(path, steps, kind, device="cpu"):
         UserError: the file is missing, damaged, no such file, or another step's.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickles that will be refused anyway
-            content = torch.load(path, map_location=device, weights_only=True)
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # torch.load itself checks no sums
+                raise zipfile.BadZipFile
+        content = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(
             f"there is no {kind} at {path}: train first, without --resume or --sample-only"
@@ -219,16 +221,15 @@ def load_tensors(path, steps, kind, device="cpu"):
     except OSError as error:
         raise UserError(f"the {kind} {path} cannot be read: {error.strerror or error}") from None
     except (
-        pickle.UnpicklingError,
         zipfile.BadZipFile,
+        pickle.UnpicklingError,
         RuntimeError,
         EOFError,
         ValueError,
-        KeyError,
-        IndexError,
+        LookupError,
         AttributeError,
         TypeError,
-        AssertionError,
+        zlib.error,
     ):
         raise UserError(f"{path} is damaged or not a {kind}: delete it and train anew") from None
     found = content.get("step") if isinstance(content, dict) else None
@@ -298,15 +299,9 @@ class Run:
         self._interrupted = False
         torch.manual_seed(args.seed)
 
-    @property
-    def can_fuse(self):
-        """Whether the optimiser may update all parameters in one pass."""
-        return self.device.type in ("cpu", "cuda")
-
     def autocast(self):
         """Context in which convolutions run in bfloat16, where the hardware has matrix units for it."""
-        native = {"cpu": _cpu_has_matrix_units, "cuda": torch.cuda.is_bf16_supported}.get(self.device.type)
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=native is not None and native())
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=has_bfloat16_units(self.device))
 
     def limit(self, images, labels):
         """The whole set, or its first few batches in a dry run."""
@@ -321,7 +316,7 @@ class Run:
         Args:
             tracked: everything that training changes, by name: objects with state_dict and load_state_dict.
         """
-        self._tracked = tracked
+        self._tracked, self._started = tracked, time.perf_counter()
         if self.args.resume:
             self._restore()
         try:
@@ -331,13 +326,14 @@ class Run:
                 f"the folder {self.folder} cannot be made ({error.strerror}): name another --out-dir"
             ) from None
         write_json(self.folder / "config.json", self._config())
+        if not self.args.resume:
+            self._save()
 
     def epochs(self, num_epochs):
         """Numbers of the epochs still to do, from 1; saves the checkpoint and losses.csv after each."""
         previous = signal.signal(signal.SIGINT, self._on_interrupt)
         try:
             while self.epoch < num_epochs:
-                self._started = time.perf_counter()
                 yield self.epoch + 1
                 self.epoch, self.batch = self.epoch + 1, 0
                 self._save()
@@ -367,20 +363,25 @@ class Run:
                     raise KeyboardInterrupt
 
     def add(self, count, **losses):
-        """Take the mean losses of a batch of `count` images into the epoch's means.
+        """Take the mean losses of a batch of `count` images into the epoch's means; None is passed over.
 
         Raises:
             UserError: a loss is not finite; the checkpoint stays the last good one.
         """
+        losses = {name: value for name, value in losses.items() if value is not None}
+        self._require_finite(losses)
         for name, value in losses.items():
-            if not math.isfinite(value):
-                raise UserError(
-                    f"{name} became {value} in batch {self.batch + 1} of epoch {self.epoch + 1}: the checkpoint "
-                    "before it is kept; lower the learning rate or choose another --seed"
-                )
             total, seen = self._sums.get(name, (0.0, 0))
             self._sums[name] = (total + value * count, seen + count)
         self._bar.set_postfix({name: f"{value:.3f}" for name, value in losses.items()}, refresh=False)
+
+    def _require_finite(self, values):
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise UserError(
+                    f"{name} became {value} in epoch {self.epoch + 1}, batch {self.batch + 1}: the checkpoint before "
+                    "it is kept; lower the learning rate or choose another --seed"
+                )
 
     def means(self):
         """Means over the images of the epoch, not over batches, so that a short last batch counts for its size."""
@@ -390,13 +391,14 @@ class Run:
 
     def log(self, **row):
         """A row of losses.csv; every row has the same columns, None leaves a cell empty."""
+        self._require_finite({name: value for name, value in row.items() if value is not None})
         for name, value in row.items():
             self.history.setdefault(name, []).append(value)
 
     def say(self, epoch, **values):
         """One line about an epoch."""
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if value is not None)
-        seconds = self.seconds + time.perf_counter() - self._started if epoch else 0
+        seconds = self.seconds + time.perf_counter() - self._started
         print(f"epoch {epoch}/{self.options['num_epochs']}  {shown}  {seconds:.0f} s", flush=True)
 
     def finish(self, images_per_epoch, **metrics):
@@ -424,6 +426,7 @@ class Run:
             "seed": self.args.seed,
             "device": str(self.device),
             "hardware": hardware(self.device),
+            "bfloat16_units": has_bfloat16_units(self.device),
             "hyperparameters": self.options,
             "versions": {
                 "python": platform.python_version(),
@@ -433,10 +436,7 @@ class Run:
 
     def _identity(self):
         """What a checkpoint must share with the run that resumes it."""
-        options = {
-            key: list(value) if isinstance(value, tuple) else value for key, value in self.options.items()
-        }
-        return {**options, "seed": self.args.seed, "dry_run": self.args.dry_run}
+        return {**self.options, "seed": self.args.seed, "dry_run": self.args.dry_run}
 
     def _save(self):
         self.seconds += time.perf_counter() - self._started
@@ -477,9 +477,10 @@ class Run:
                 checkpoint[key] for key in ("sums", "history", "snapshots")
             )
             torch.set_rng_state(checkpoint["random"]["cpu"].cpu())
-            if self.device.type == "cuda":
+            # A checkpoint of another device has no state for this one: the run goes on with other draws.
+            if "cuda" in checkpoint["random"] and self.device.type == "cuda":
                 torch.cuda.set_rng_state(checkpoint["random"]["cuda"].cpu(), self.device)
-            elif self.device.type == "mps":
+            elif "mps" in checkpoint["random"] and self.device.type == "mps":
                 torch.mps.set_rng_state(checkpoint["random"]["mps"].cpu())
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
             raise UserError(
@@ -492,10 +493,15 @@ class Run:
         print("\nstopping after this batch; Ctrl-C again stops at once", file=sys.stderr)
 
 
-def _cpu_has_matrix_units():
-    """Intel's AMX; without it bfloat16 is emulated and slower than single precision."""
+def has_bfloat16_units(device):
+    """Whether the device multiplies matrices in bfloat16 faster than in single precision.
+
+    GPUs since Ampere and CPUs with AMX do; the latter are known from the torch version on that can tell.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return capabilities.get("amx_bf16", False)
+    return device.type == "cpu" and capabilities.get("amx_bf16", False)
 
 
 def hardware(device):

@@ -95,19 +95,19 @@ def train_main_loop(
         for x, _ in run.progress(loader):
             iteration = run.epoch * len(loader) + run.batch + 1
             x = to_symmetric(x)
-            with torch.no_grad():
-                fake_images = generator(torch.randn(len(x), dim_z, device=device))
+            fake_images = generator(torch.randn(len(x), dim_z, device=device))
             _, outputs_real, outputs_fake, d_loss_fake = train_discriminator(
                 discriminator, d_optimizer, x, fake_images, criterion, device, real_label
             )
-            # The loss of Eq. 1, whatever label the discriminator was trained towards.
-            d_loss = criterion(outputs_real, torch.ones_like(outputs_real)) + d_loss_fake
-            row = dict(d_loss=d_loss.item(), g_loss=None)
-            row |= dict(
-                d_real=outputs_real.sigmoid().mean().item(), d_fake=outputs_fake.sigmoid().mean().item()
+            row = dict(
+                # The loss of Eq. 1, whatever label the discriminator was trained towards.
+                d_loss=(criterion(outputs_real, torch.ones_like(outputs_real)) + d_loss_fake).item(),
+                g_loss=None,
+                d_real=outputs_real.sigmoid().mean().item(),
+                d_fake=outputs_fake.sigmoid().mean().item(),
             )
             if iteration % d_freq == 0:
-                outputs = discriminator(generator(torch.randn(len(x), dim_z, device=device)))
+                outputs = discriminator(fake_images)
                 g_loss, _ = train_generator(generator, g_optimizer, outputs, criterion, device)
                 averaged.update_parameters(generator)
                 row["g_loss"] = g_loss.item()

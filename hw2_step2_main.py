@@ -134,11 +134,11 @@ def bits_per_pixel(nll):
 def draw_losses(run):
     history = run.history
     nll = {"training": history["train_nll"], "test": history["test_nll"]}
-    trained = {name: [None, *values[1:]] for name, values in nll.items()}
+    # Before and in the first epoch the loss is so high that the rest of the curve would be flat.
+    later = {name: [None, None, *values[2:]] for name, values in nll.items()}
     label = f"negative log-likelihood\n(nats per image, {run.options['binarize']})"
-    plotting.save_curves(
-        run.folder / "loss.png", history["epoch"], [(label, nll, {}), ("from epoch 1 on", trained, {})]
-    )
+    panels = [(label, nll, {}), (label.replace("\n", ", from epoch 2 on\n"), later, {})]
+    plotting.save_curves(run.folder / "loss.png", history["epoch"], panels)
 
 
 def draw_samples(run, network, conditional, digit, real_images):

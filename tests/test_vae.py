@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.distributions import Bernoulli, Normal, kl_divergence as kl_of
+from torch.distributions import Bernoulli, Normal
+from torch.distributions import kl_divergence as kl_of
 
 import hw2_step3_main as step3
 from models.VAE import VAE_model, kl_divergence, reconstruction_loss

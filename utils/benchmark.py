@@ -1,7 +1,8 @@
 """What the bundle's speed rests on, measured against the usual way: `python -m utils.benchmark`.
 
-Each pair is timed in turn, several rounds, and the ratio of the medians is what counts: seconds depend on
-the machine and on what else it does.
+The two ways of feeding a training are timed in turn, several rounds; drawing images once each way, because
+the plain loop takes a minute. The ratios are what counts: seconds depend on the machine and on what else it
+does.
 """
 
 import statistics
@@ -9,6 +10,7 @@ import time
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from torchvision.datasets import MNIST
 from torchvision.transforms import Compose, Normalize, ToTensor
@@ -16,29 +18,33 @@ from torchvision.transforms import Compose, Normalize, ToTensor
 import hw2_step1_main as step1
 import hw2_step2_main as step2
 import hw2_step3_main as step3
+from models.AR import PixelCNN
 from models.GAN import Discriminator, Generator, train_discriminator, train_generator
 from models.VAE import VAE_model
-from utils.data import batches, load_mnist, to_symmetric, to_unit
-from utils.runs import ROOT, hardware, run_main
+from utils.data import batches, binarize, load_mnist, to_symmetric, to_unit
+from utils.runs import ROOT, UserError, hardware, has_bfloat16_units, run_main
 
 ROUNDS = 3
 SHARE = 10  # a tenth of an epoch is timed each round
+STEPS = 10
 NUM_SAMPLES = 64
 
 
 def gan_step():
-    """One update of both of step 1's default networks, as a function of a batch in [-1, 1]."""
+    """One update of both of step 1's default networks and of the average, as a function of a batch in [-1, 1]."""
     options = step1.DEFAULTS
     generator = Generator(options["dim_z"], options["g_channels"])
     discriminator = Discriminator(options["d_channels"], options["dropout"])
     g_optimizer = torch.optim.Adam(generator.parameters(), lr=options["g_learning_rate"])
     d_optimizer = torch.optim.Adam(discriminator.parameters(), lr=options["d_learning_rate"])
+    averaged = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(options["ema_decay"]))
     criterion = nn.BCEWithLogitsLoss()
 
     def step(x):
         fake_images = generator(torch.randn(len(x), generator.dim_z))
         train_discriminator(discriminator, d_optimizer, x, fake_images, criterion, x.device)
         train_generator(generator, g_optimizer, discriminator(fake_images), criterion, x.device)
+        averaged.update_parameters(generator)
 
     return step
 
@@ -79,6 +85,29 @@ def time_epochs(name, step, batch_size, convert, transform, images, labels):
     )
 
 
+def time_precision(images):
+    """Print the time of a training step of step 2's default network in both precisions, and their ratio."""
+    network = PixelCNN(**step2.ARCHITECTURE).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(network.parameters(), fused=True)
+    x = binarize(images[: step2.DEFAULTS["batch_size"]], "threshold")
+
+    def step(enabled):
+        for _ in range(STEPS):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                logits = network(x)
+            loss = nn.functional.binary_cross_entropy_with_logits(logits.float(), x)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    bfloat16, single = interleave(lambda: step(True), lambda: step(False))
+    units = "with" if has_bfloat16_units(torch.device("cpu")) else "WITHOUT"
+    print(
+        f"step 2, training step, batch {len(x)}: bfloat16 {1e3 * bfloat16 / STEPS:.0f} ms, single precision "
+        f"{1e3 * single / STEPS:.0f} ms, ratio {single / bfloat16:.1f}, on a CPU {units} bfloat16 units"
+    )
+
+
 def time_sampling():
     """Print the time of drawing images with and without the cache, their ratio, and whether they are equal."""
     network = step2.load_model(ROOT / "results" / step2.STEP / "model.pt")
@@ -88,11 +117,12 @@ def time_sampling():
         started = time.perf_counter()
         images.append(network.sample(NUM_SAMPLES, cached=cached))
         seconds.append(time.perf_counter() - started)
-    equal = "equal" if torch.equal(*images) else "DIFFERENT"
+    equal = torch.equal(*images)
     print(
         f"step 2, {NUM_SAMPLES} samples: cached {seconds[0]:.2f} s, one forward pass a pixel {seconds[1]:.1f} s, "
-        f"ratio {seconds[1] / seconds[0]:.0f}, images {equal}"
+        f"ratio {seconds[1] / seconds[0]:.0f}, images {'equal' if equal else 'different'}"
     )
+    return equal
 
 
 def interleave(*functions):
@@ -114,7 +144,9 @@ def main():
     symmetric = Compose([ToTensor(), Normalize(0.5, 0.5)])
     time_epochs("step 1", gan_step(), 128, to_symmetric, symmetric, images, labels)
     time_epochs("step 3", vae_step(), 256, to_unit, ToTensor(), images, labels)
-    time_sampling()
+    time_precision(images)
+    if not time_sampling():
+        raise UserError("the two samplers drew different images")
 
 
 if __name__ == "__main__":

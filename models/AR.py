@@ -111,7 +111,7 @@ class PixelCNN(nn.Module):
 
         Args:
             cached: compute each feature once (Ramachandran et al. 2017, arXiv 1704.06001); without it, run
-                the whole network for every pixel. Both draw the same images.
+                the whole network for every pixel. Both draw the same images, up to a tie within rounding.
         """
         return self._draw(num_samples, generator, cached)
 

@@ -105,7 +105,7 @@ def make_parser(description, defaults):
     add(
         "--ablation",
         action="store_true",
-        help="train the default and every variant, and make a table of them",
+        help="train the default and every variant, or the one of --variant, and make a table",
     )
     add(
         "--seeds",

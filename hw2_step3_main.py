@@ -25,7 +25,7 @@ STEP = "step3_vae"
 NUM_PIXELS = 28 * 28
 
 DEFAULTS = dict(
-    num_epochs=60,  # passes over the 60,000 training images
+    num_epochs=100,  # passes over the 60,000 training images
     batch_size=128,
     learning_rate=1e-3,  # falling to zero along a cosine
     kl_coeff=1.0,  # weight of the KL term; 1 is the ELBO

@@ -38,7 +38,7 @@ ARCHITECTURE = dict(
 )
 
 DEFAULTS = dict(
-    num_epochs=12,  # passes over the 60,000 training images; more overfit
+    num_epochs=12,  # passes over the 60,000 training images; with more of them it overfits
     batch_size=32,  # small batches make more steps, which pays where the time is short
     learning_rate=3e-3,  # peak, reached after the warm-up and falling to zero at the end
     warm_up=200,  # steps in which the learning rate rises
@@ -57,7 +57,6 @@ VARIANTS = {
 
 NUM_CLASSES = 10
 NUM_PIXELS = 28 * 28
-FORMULA = "-sum_i log p(x_i | x_1, ..., x_{i-1}), mean over images"
 
 
 def build_network(conditional, **architecture):
@@ -167,33 +166,29 @@ def draw_samples(run, network, conditional, digit, real_images):
 
 def write_metrics(run, network, train_set, test_set):
     """Final figures, computed in single precision."""
-    how = run.options["binarize"]
-    protocol = dict(binarization=how, train_images=len(train_set[0]), test_images=len(test_set[0]))
-    nll = evaluate(network, *test_set, how)
-    seen = [images[: len(test_set[0])] for images in train_set]
-    best = min(run.history["test_nll"])
-    started = time.perf_counter()
-    labels = torch.arange(64) % NUM_CLASSES
     conditional = isinstance(network, ConditionalPixelCNN)
+    how, test_count = run.options["binarize"], len(test_set[0])
+    protocol = dict(binarization=how, train_images=len(train_set[0]), test_images=test_count)
+    formula = f"-sum_i log p(x_i | x_1, ..., x_{{i-1}}{', y' if conditional else ''}), mean over images"
+    unit = "nats per image"
+
+    nll = evaluate(network, *test_set, how)
+    train_nll = evaluate(network, *(each[:test_count] for each in train_set), how)
+    best = min(run.history["test_nll"])
+    best_epoch = run.history["test_nll"].index(best)
+    labels = torch.arange(64) % NUM_CLASSES
+    started = time.perf_counter()
     (network.sample(labels) if conditional else network.sample(len(labels))).cpu()
     sampling = time.perf_counter() - started
     run.finish(
         len(train_set[0]),
-        test_nll=runs.metric(nll, "nats per image", FORMULA, **protocol),
+        test_nll=runs.metric(nll, unit, formula, **protocol),
         test_bits=runs.metric(bits_per_pixel(nll), "bits per pixel", "test_nll / (784 log 2)", **protocol),
         best_test_nll=runs.metric(
-            best,
-            "nats per image",
-            f"{FORMULA}; in the precision of the training",
-            epoch=run.history["test_nll"].index(best),
-            **protocol,
+            best, unit, f"{formula}; in the precision of the training", epoch=best_epoch, **protocol
         ),
         train_nll=runs.metric(
-            evaluate(network, *seen, how),
-            "nats per image",
-            FORMULA,
-            over=f"first {len(seen[0])} training images",
-            **protocol,
+            train_nll, unit, formula, over=f"first {test_count} training images", **protocol
         ),
         sampling_time=runs.metric(
             sampling, "seconds", "wall time of drawing 64 images", hardware=runs.hardware(run.device)

@@ -65,24 +65,27 @@ def vae_step():
 
 
 def time_epochs(name, step, batch_size, convert, transform, images, labels):
-    """Print the time of an epoch fed by `utils.data.batches` and by per-image transforms, and their ratio."""
-    count = len(images) // SHARE
+    """Print the time of an epoch fed by `utils.data.batches` and by per-image transforms, and their ratio.
 
-    def ours():
+    Both are timed with the training step and without it, which is the feeding alone.
+    """
+    count = len(images) // SHARE
+    subset = torch.utils.data.Subset(MNIST(ROOT / "data", train=True, transform=transform), range(count))
+
+    def ours(step):
         for x, _ in batches(images[:count], labels[:count], batch_size, torch.Generator()):
             step(convert(x))
 
-    subset = torch.utils.data.Subset(MNIST(ROOT / "data", train=True, transform=transform), range(count))
-
-    def usual():
+    def usual(step):
         for x, _ in DataLoader(subset, batch_size, shuffle=True):
             step(x)
 
-    seconds = interleave(ours, usual)
-    print(
-        f"{name}, batch {batch_size}: epoch {SHARE * seconds[0]:.1f} s, "
-        f"per-image transforms {SHARE * seconds[1]:.1f} s, ratio {seconds[1] / seconds[0]:.1f}"
-    )
+    for what, work in (("epoch", step), ("feeding alone", lambda x: None)):
+        seconds = [SHARE * each for each in interleave(lambda: ours(work), lambda: usual(work))]
+        print(
+            f"{name}, batch {batch_size}, {what}: {seconds[0]:.2f} s, with per-image transforms {seconds[1]:.2f} s, "
+            f"ratio {seconds[1] / seconds[0]:.1f}"
+        )
 
 
 def time_precision(images):

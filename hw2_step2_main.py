@@ -135,8 +135,11 @@ def draw_losses(run):
     nll = {"training": history["train_nll"], "test": history["test_nll"]}
     # Before and in the first epoch the loss is so high that the rest of the curve would be flat.
     later = {name: [None, None, *values[2:]] for name, values in nll.items()}
-    label = f"negative log-likelihood\n(nats per image, {run.options['binarize']})"
-    panels = [(label, nll, {}), (label.replace("\n", ", from epoch 2 on\n"), later, {})]
+    unit = f"(nats per image, {run.options['binarize']})"
+    panels = [
+        (f"negative log-likelihood\n{unit}", nll, {}),
+        (f"the same, from epoch 2 on\n{unit}", later, {}),
+    ]
     plotting.save_curves(run.folder / "loss.png", history["epoch"], panels)
 
 

@@ -113,7 +113,7 @@ def test_interrupted_equals_uninterrupted(name, batch, run_step, tmp_path):
     assert done.returncode == 130, done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "cut" / "model.pt").exists()
     finished = torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)["position"][:2]
-    assert finished == divmod(batch, runs.DRY_RUN_BATCHES)
+    assert finished == ((batch - 1) // runs.DRY_RUN_BATCHES, (batch - 1) % runs.DRY_RUN_BATCHES + 1)
     resumed = run_step(script, *flags, tmp_path / "cut", "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert_same_weights(tmp_path / "whole", tmp_path / "cut")
@@ -332,7 +332,7 @@ def test_means_weigh_a_short_last_batch_by_its_size():
     run.add(4, loss=1.0)
     run.add(1, loss=6.0)
     assert run.means() == {"loss": 2.0}
-    with pytest.raises(runs.UserError, match="batch 1 of epoch 1"):
+    with pytest.raises(runs.UserError, match="epoch 1, batch 1"):
         run.add(4, loss=float("nan"))
 
 

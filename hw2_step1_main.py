@@ -196,7 +196,9 @@ def main():
         return ablation.run_all(__file__, STEP, args, VARIANTS)
     run = runs.Run(STEP, args, options)
     if args.sample_only:
-        return draw_samples(run, load_model(run.folder / "model.pt", run.device))
+        draw_samples(run, load_model(run.folder / "model.pt", run.device))
+        print(f"samples in {run.folder}")
+        return
 
     (images, labels), _ = load_mnist(args.data_dir, run.device)
     images, labels = run.limit(images, labels)

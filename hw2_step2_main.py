@@ -230,7 +230,9 @@ def main():
     real_images = binarize(test_set[0][:100], options["binarize"], torch.Generator(run.device).manual_seed(0))
     if args.sample_only:
         network = load_model(run.folder / "model.pt", run.device, (step,))
-        return draw_samples(run, network, args.conditional, args.digit, real_images)
+        draw_samples(run, network, args.conditional, args.digit, real_images)
+        print(f"samples in {run.folder}")
+        return
 
     train_set, test_set = run.limit(*train_set), run.limit(*test_set)
     architecture = dict(conditional=args.conditional, **{key: options[key] for key in ARCHITECTURE})

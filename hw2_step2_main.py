@@ -32,14 +32,14 @@ STEP, CONDITIONAL_STEP = "step2_pixelcnn", "step2_conditional_pixelcnn"
 ARCHITECTURE = dict(
     num_layers=8,  # type-B layers between the type-A layer and the head
     channels=32,  # feature maps of each
-    kernel_size=7,  # wide kernels and few channels give the most for the time
+    kernel_size=7,  # of every layer but the head's two
     head_channels=64,  # feature maps between the two 1 x 1 layers
     residual=True,  # each type-B layer adds to its input
 )
 
 DEFAULTS = dict(
     num_epochs=12,  # passes over the 60,000 training images; with more of them it overfits
-    batch_size=32,  # small batches make more steps, which pays where the time is short
+    batch_size=32,  # a quarter of the handout's, so four times its steps in an epoch
     learning_rate=3e-3,  # peak, reached after the warm-up and falling to zero at the end
     warm_up=200,  # steps in which the learning rate rises
     binarize="threshold",  # x > 0.5; or "stochastic", a fresh Bernoulli(x) draw at each step

@@ -35,7 +35,7 @@ class MaskedConv2d(nn.Conv2d):
         mask = torch.ones_like(self.weight)
         mask[:, :, row, column + (mask_type == "B") :] = 0
         mask[:, :, row + 1 :] = 0
-        self.register_buffer("mask", mask)
+        self.register_buffer("mask", mask, persistent=False)  # it follows from the arguments
 
     def forward(self, x):
         """(N, in_channels, H, W) -> (N, out_channels, H', W'), equal to `conv2d(x, weight * mask)`."""

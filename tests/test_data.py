@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
-from utils.data import UNPACKED_MD5, batches, binarize, load_mnist, to_symmetric, to_unit
+from utils.data import UNPACKED_MD5, batches, binarize, distort, load_mnist, to_symmetric, to_unit
 from utils.runs import UserError
 
 RAW = ROOT / "data" / "MNIST" / "raw"
@@ -130,3 +130,31 @@ def test_ranges_and_binarisation():
     noise = torch.Generator()
     first, second = (binarize(pixels.repeat(50), "stochastic", noise.manual_seed(seed)) for seed in (3, 3))
     assert torch.equal(first, second)
+
+
+def test_held_out_images_are_the_last_of_the_training_set():
+    (images, labels), (test_images, _) = load_mnist(ROOT / "data")
+    (kept, kept_labels), (held_out, held_out_labels) = load_mnist(ROOT / "data", held_out=True)
+    assert len(kept) == 50_000 and len(held_out) == 10_000
+    assert torch.equal(torch.cat([kept, held_out]), images)
+    assert torch.equal(torch.cat([kept_labels, held_out_labels]), labels)
+    assert not torch.equal(held_out, test_images)
+
+
+def test_distortion_is_small_and_leaves_the_other_images_alone():
+    images = torch.zeros(400, 1, 28, 28, dtype=torch.uint8)
+    images[:, :, 8:20, 12:16] = 255
+    assert torch.equal(distort(images, 0.0), images)
+    distorted = distort(images, 0.5)
+    assert distorted.dtype == torch.uint8 and distorted.shape == images.shape
+    changed = (distorted != images).flatten(1).any(1)
+    assert 0.4 < changed.float().mean() < 0.6
+    assert len(distorted[changed].flatten(1).unique(dim=0)) == changed.sum(), (
+        "each has a distortion of its own"
+    )
+    # No ink is lost and none is moved far: the bar grows or shrinks by its scale, about its centre.
+    ink = to_unit(distorted[changed]).sum((1, 2, 3)) / to_unit(images[0]).sum()
+    assert ink.mean().item() == pytest.approx(1, abs=0.05) and 0.5 < ink.min() and ink.max() < 2
+    rows = torch.arange(28.0).view(1, 1, 28, 1)
+    centre = (to_unit(distorted) * rows).sum((1, 2, 3)) / to_unit(distorted).sum((1, 2, 3))
+    assert centre.sub(13.5).abs().max() < 0.5

@@ -7,6 +7,7 @@ from pathlib import Path
 from urllib.error import URLError
 
 import torch
+from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
 from torchvision.datasets import MNIST
 from torchvision.datasets.mnist import read_image_file, read_label_file
@@ -23,12 +24,19 @@ UNPACKED_MD5 = {
 }
 
 
-def load_mnist(data_dir, device="cpu"):
+NUM_HELD_OUT = 10_000
+
+
+def load_mnist(data_dir, device="cpu", held_out=False):
     """Training and test set: (images, labels), (test_images, test_labels).
 
     Images are uint8, (60000, 1, 28, 28) and (10000, 1, 28, 28), labels int64, all on `device`. The archives
     below `data_dir`/MNIST/raw are unpacked first where that has not been done, and downloaded where they
     are missing.
+
+    Args:
+        held_out: give the last 10,000 training images in place of the test images, and the others to train on.
+            What is chosen by looking at results is chosen by these; the test images are for reporting.
 
     Raises:
         UserError: a file is missing, truncated or altered, or the folder cannot be used.
@@ -46,7 +54,13 @@ def load_mnist(data_dir, device="cpu"):
         labels = read_label_file(str(raw / f"{name}-labels-idx1-ubyte"))
         return images.to(device), labels.to(device)
 
-    return load("train"), load("t10k")
+    images, labels = load("train")
+    if held_out:
+        return (images[:-NUM_HELD_OUT], labels[:-NUM_HELD_OUT]), (
+            images[-NUM_HELD_OUT:],
+            labels[-NUM_HELD_OUT:],
+        )
+    return (images, labels), load("t10k")
 
 
 def batches(images, labels, batch_size, generator=None):
@@ -82,6 +96,23 @@ def binarize(images, how, generator=None):
     if how == "none":
         return x
     return (x > 0.5).float() if how == "threshold" else torch.bernoulli(x, generator=generator)
+
+
+def distort(images, share):
+    """Rotate, scale and shear a random share of uint8 images (N, 1, 28, 28) a little, each differently.
+
+    The angle is normal with standard deviation 0.1 (6 degrees), the shear likewise; the scales are log-normal
+    with 0.07. The random numbers are drawn on the CPU, so that every device gets the same.
+    """
+    chosen = (torch.rand(len(images)) < share).float()
+    angle, shear, log_width, log_height = chosen * torch.randn(4, len(images))
+    angle, shear = 0.1 * angle, 0.1 * shear
+    width, height = (0.07 * log_width).exp(), (0.07 * log_height).exp()
+    zero = torch.zeros(len(images))
+    row_x = torch.stack([width * angle.cos(), shear - width * angle.sin(), zero], 1)
+    row_y = torch.stack([height * angle.sin(), height * angle.cos(), zero], 1)
+    grid = F.affine_grid(torch.stack([row_x, row_y], 1).to(images.device), images.shape, align_corners=False)
+    return F.grid_sample(images.float(), grid, align_corners=False).round().to(torch.uint8)
 
 
 def _verified(path, md5):

@@ -168,7 +168,6 @@ def write_metrics(run, images):
         return sum(value * size for value, size in pairs) / sum(size for _, size in pairs)
 
     run.finish(
-        len(images),
         d_loss=runs.metric(
             mean("d_loss"), "nats", "-log D(x) - log(1 - D(G(z)))", optimum=math.log(4), **protocol
         ),
@@ -200,7 +199,7 @@ def main():
         print(f"samples in {run.folder}")
         return
 
-    (images, labels), _ = load_mnist(args.data_dir, run.device)
+    (images, labels), _ = load_mnist(args.data_dir, run.device, args.held_out)
     images, labels = run.limit(images, labels)
     generator = train_main_loop(run, images, labels, **options)
     network = dict(dim_z=options["dim_z"], channels=options["g_channels"])

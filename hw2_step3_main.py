@@ -189,7 +189,7 @@ def write_metrics(run, model, train_set, test_set):
         train_images=len(train_set[0]),
         test_images=len(test_set[0]),
     )
-    run.finish(len(train_set[0]), **metrics)
+    run.finish(**metrics)
 
 
 def load_model(path, device="cpu"):
@@ -217,7 +217,7 @@ def main():
         print(f"samples in {run.folder}")
         return
 
-    train_set, (test_images, test_labels) = load_mnist(args.data_dir, run.device)
+    train_set, (test_images, test_labels) = load_mnist(args.data_dir, run.device, args.held_out)
     train_set, test_set = run.limit(*train_set), run.limit(test_images, test_labels)
     network = dict(input_dim=NUM_PIXELS, hidden_dims=[*options["hidden_dims"], 2 * options["latent_dim"]])
     model = VAE_model(**network).to(run.device)

@@ -9,19 +9,30 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from tqdm import tqdm
 
+from utils import parallel
 from utils.runs import ArgumentParser, UserError, find_device, results_folder, write_csv
 
 DEFAULT_SEEDS = 3
 
 
-def run_all(script, step, args, variants):
+def run_all(script, step, args, variants, flags=()):
     """Train `--seeds` times the default or `--variant`; with `--ablation` the default and that or every variant.
+
+    An ablation is there to choose by, so it is evaluated on held-out training images.
 
     Each run goes into seeds/seed_S below the results and is a process of its own: one thread and as many at
     once as there are cores on the CPU, one at a time on a GPU. With `--resume` finished runs are kept and
     interrupted ones go on. The table, ablation.csv or seeds.csv, has the mean and standard deviation of every
     figure.
+
+    Args:
+        variants: those of `--ablation` without `--variant`.
+        flags: of each run of an ablation, before those of the command line, which win.
     """
+    if parallel.launched():
+        raise UserError(
+            "several runs use all the cores by themselves: start them with python, not with torchrun"
+        )
     folder = results_folder(step, args)
     names = [args.variant] if args.variant else list(variants) if args.ablation else []
     names = [None, *names] if args.ablation or not names else names
@@ -33,12 +44,14 @@ def run_all(script, step, args, variants):
     )
     workers = workers if on_cpu else 1
     environment = {**os.environ, "OMP_NUM_THREADS": "1"} if workers > 1 else None
-    flags = _other_flags()
+    given = _other_flags()
+    if args.ablation:
+        given = ["--held-out", *flags, *given]
 
     def train(name, seed):
         out = folder / "seeds" / f"seed_{seed}"
         place = out / "variants" / name if name else out
-        command = [sys.executable, str(script), *flags, "--seed", str(seed), "--out-dir", str(out)]
+        command = [sys.executable, str(script), *given, "--seed", str(seed), "--out-dir", str(out)]
         command += ["--variant", name] if name else []
         command += ["--resume"] if args.resume and (place / "checkpoint.pt").exists() else []
         done = subprocess.run(command, env=environment, capture_output=True, text=True)

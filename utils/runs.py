@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import ctypes
 import io
 import json
 import math
@@ -20,6 +21,8 @@ import numpy
 import torch
 import torchvision
 from tqdm import tqdm
+
+from utils import parallel
 
 ROOT = Path(__file__).resolve().parent.parent
 DRY_RUN_BATCHES = 3
@@ -64,6 +67,14 @@ def non_negative(text):
         value = math.nan
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"takes a number of at least 0, not {text!r}")
+    return value
+
+
+def positive(text):
+    """argparse type: a finite float above 0."""
+    value = non_negative(text)
+    if not value:
+        raise argparse.ArgumentTypeError("takes a number above 0")
     return value
 
 
@@ -113,6 +124,11 @@ def make_parser(description, defaults):
         metavar="N",
         help="train with N seeds from --seed on, and make a table (3 with --ablation)",
     )
+    add(
+        "--held-out",
+        action="store_true",
+        help="evaluate on the last 10,000 training images, and train on the others, to choose by; --ablation does",
+    )
     return parser
 
 
@@ -132,11 +148,13 @@ def choose_options(parser, args, defaults, variants):
     options = {**defaults, **changes, **flags}
     if args.dry_run:
         options["num_epochs"] = min(options["num_epochs"], DRY_RUN_EPOCHS)
+        options.update({key: None for key in ("minutes",) if key in options})
     return options
 
 
 def run_main(main):
     """Call a step's `main()` and turn its end into an exit code: 0, 2 for the user's mistakes, 130 after Ctrl-C."""
+    keep_freed_memory()
     try:
         main()
     except UserError as error:
@@ -148,6 +166,22 @@ def run_main(main):
 def _complain(message, code):
     print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     return code
+
+
+def keep_freed_memory():
+    """Have glibc keep the memory of freed tensors for the next ones.
+
+    By default it hands large blocks back to the system, which then clears every page of the next one anew: a
+    training step of step 2 takes up to twice as long on two cores.
+    """
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, TypeError, AttributeError):  # another C library
+        return
+    mallopt(mmap_threshold, 2**30)
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(top_pad, 2**28)
 
 
 def find_device(name):
@@ -167,7 +201,12 @@ def find_device(name):
 
 
 def write_atomically(path, content):
-    """Write bytes so that the file is, at any moment, the old one or the new one, whole."""
+    """Write bytes so that the file is, at any moment, the old one or the new one, whole.
+
+    Of several processes the first alone writes.
+    """
+    if not parallel.is_first():
+        return
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -266,36 +305,50 @@ def metric(value, unit, formula, **more):
 
 
 def results_folder(step, args):
-    """`--out-dir`, or the step's folder in results/; a dry run keeps away from the results of the real one."""
+    """`--out-dir`, or the step's folder in results/; what is no run to be reported keeps away from those that are."""
     default = ROOT / "results" / step
-    return args.out_dir or (default / "dry_run" if args.dry_run else default)
+    return args.out_dir or (
+        default / "dry_run" if args.dry_run else default / "held_out" if args.held_out else default
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Run
 
 
+def run_folder(folder, variant):
+    """Where in a step's results folder the run of a variant, or of the default for None, is."""
+    return folder / "variants" / variant if variant else folder
+
+
 class Run:
     """A training run and its folder: where it stands, its history, its files.
+
+    Args:
+        several_processes: whether the step can be trained by the processes of torchrun.
 
     Attributes:
         folder: where everything is written.
         options: the hyperparameters.
         device: torch.device to train on.
         epoch, batch: finished epochs, and finished batches of the epoch under way.
+        images_seen: in all batches so far.
         history: dict of columns, the content of losses.csv.
         snapshots: images worth keeping, by epoch.
     """
 
-    def __init__(self, step, args, options):
+    def __init__(self, step, args, options, several_processes=False):
         self.step, self.args, self.options = step, args, options
         self.device = find_device(args.device)
-        self.folder = results_folder(step, args)
-        if args.variant:
-            self.folder = self.folder / "variants" / args.variant
-        self.epoch = self.batch = 0
+        if parallel.launched():
+            if not several_processes or options["minutes"]:
+                raise UserError("this trains in one process alone: start it with python, not with torchrun")
+            self.device = parallel.join(self.device)
+        self.folder = run_folder(results_folder(step, args), args.variant)
+        self.epoch = self.batch = self.images_seen = 0
         self.history, self.snapshots, self.seconds = {}, {}, 0.0
         self._sums, self._tracked, self._bar = {}, {}, None
+        self._started = time.perf_counter()
         self._interrupted = False
         torch.manual_seed(args.seed)
 
@@ -330,15 +383,17 @@ class Run:
             self._save()
 
     def epochs(self, num_epochs):
-        """Numbers of the epochs still to do, from 1; saves the checkpoint and losses.csv after each."""
+        """Numbers of the epochs still to do, from 1; saves the checkpoint and losses.csv after each.
+
+        With the option `minutes` it goes on until they are over, whatever `num_epochs`, and cuts the last short.
+        """
         previous = signal.signal(signal.SIGINT, self._on_interrupt)
         try:
-            while self.epoch < num_epochs:
+            while self.share_done(self.epoch / num_epochs) < 1:
                 yield self.epoch + 1
                 self.epoch, self.batch = self.epoch + 1, 0
                 self._save()
-                if self._interrupted:
-                    raise KeyboardInterrupt
+                self._stop_if_interrupted()
         finally:
             signal.signal(signal.SIGINT, previous)
 
@@ -351,16 +406,39 @@ class Run:
 
         A resumed epoch skips the batches that were done, and `order` sees to it that the others are the same.
         """
-        title = f"epoch {self.epoch + 1}/{self.options['num_epochs']}"
-        with tqdm(loader, title, unit="batch", disable=None, leave=False) as self._bar:
+        silent = None if parallel.is_first() else True
+        with tqdm(
+            loader, self._title(self.epoch + 1), unit="batch", disable=silent, leave=False
+        ) as self._bar:
             for index, batch in enumerate(self._bar):
                 if index < self.batch:
                     continue
                 yield batch
                 self.batch = index + 1
-                if self._interrupted:
-                    self._save()
-                    raise KeyboardInterrupt
+                self._stop_if_interrupted(save=True)
+                if self.options.get("minutes") and self.share_done() >= 1:
+                    break
+
+    def share_done(self, share_of_epochs=0.0):
+        """How much of the training is done, by its epochs, or by its time with the option `minutes`."""
+        minutes = self.options.get("minutes")
+        return self.elapsed() / (60 * minutes) if minutes else share_of_epochs
+
+    def elapsed(self):
+        """Seconds of training so far, over all resumptions."""
+        return self.seconds + time.perf_counter() - self._started
+
+    def _title(self, epoch):
+        return (
+            f"epoch {epoch}" if self.options.get("minutes") else f"epoch {epoch}/{self.options['num_epochs']}"
+        )
+
+    def _stop_if_interrupted(self, save=False):
+        """Stop after Ctrl-C in any of the processes, all of them after the same batch."""
+        if parallel.total(self._interrupted, self.device):
+            if save:
+                self._save()
+            raise KeyboardInterrupt
 
     def add(self, count, **losses):
         """Take the mean losses of a batch of `count` images into the epoch's means; None is passed over.
@@ -370,6 +448,7 @@ class Run:
         """
         losses = {name: value for name, value in losses.items() if value is not None}
         self._require_finite(losses)
+        self.images_seen += count
         for name, value in losses.items():
             total, seen = self._sums.get(name, (0.0, 0))
             self._sums[name] = (total + value * count, seen + count)
@@ -398,13 +477,11 @@ class Run:
     def say(self, epoch, **values):
         """One line about an epoch."""
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if value is not None)
-        seconds = self.seconds + time.perf_counter() - self._started
-        print(f"epoch {epoch}/{self.options['num_epochs']}  {shown}  {seconds:.0f} s", flush=True)
+        print(f"{self._title(epoch)}  {shown}  {self.elapsed():.0f} s", flush=True)
 
-    def finish(self, images_per_epoch, **metrics):
+    def finish(self, **metrics):
         """Write losses.csv and metrics.json, the figures with the wall time of the training."""
         write_csv(self.folder / "losses.csv", self.history)
-        seen = images_per_epoch * self.epoch
         metrics["wall_time"] = metric(
             self.seconds,
             "seconds",
@@ -412,7 +489,7 @@ class Run:
             hardware=hardware(self.device),
         )
         metrics["speed"] = metric(
-            seen / self.seconds, "training images per second", "images seen / wall time"
+            self.images_seen / self.seconds, "training images per second", "images seen / wall time"
         )
         write_json(self.folder / "metrics.json", metrics)
         print(f"results in {self.folder}")
@@ -423,7 +500,9 @@ class Run:
             "step": self.step,
             "variant": self.args.variant or "default",
             "dry_run": self.args.dry_run,
+            "evaluated_on": "last 10,000 training images" if self.args.held_out else "test images",
             "seed": self.args.seed,
+            "processes": parallel.num_processes(),
             "device": str(self.device),
             "hardware": hardware(self.device),
             "bfloat16_units": has_bfloat16_units(self.device),
@@ -436,11 +515,11 @@ class Run:
 
     def _identity(self):
         """What a checkpoint must share with the run that resumes it."""
-        return {**self.options, "seed": self.args.seed, "dry_run": self.args.dry_run}
+        flags = {key: getattr(self.args, key) for key in ("seed", "dry_run", "held_out")}
+        return {**self.options, **flags}
 
     def _save(self):
-        self.seconds += time.perf_counter() - self._started
-        self._started = time.perf_counter()
+        self.seconds, self._started = self.elapsed(), time.perf_counter()
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
@@ -449,7 +528,7 @@ class Run:
         checkpoint = {
             "step": self.step,
             "identity": self._identity(),
-            "position": (self.epoch, self.batch, self.seconds),
+            "position": (self.epoch, self.batch, self.images_seen, self.seconds),
             "sums": self._sums,
             "history": self.history,
             "snapshots": self.snapshots,
@@ -472,7 +551,7 @@ class Run:
                     )
             for name, each in self._tracked.items():
                 each.load_state_dict(checkpoint["tracked"][name])
-            self.epoch, self.batch, self.seconds = checkpoint["position"]
+            self.epoch, self.batch, self.images_seen, self.seconds = checkpoint["position"]
             self._sums, self.history, self.snapshots = (
                 checkpoint[key] for key in ("sums", "history", "snapshots")
             )
@@ -489,7 +568,8 @@ class Run:
 
     def _on_interrupt(self, *_):
         self._interrupted = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        # torchrun passes on the Ctrl-C that its processes have had from the terminal already.
+        signal.signal(signal.SIGINT, signal.SIG_IGN if parallel.launched() else signal.default_int_handler)
         print("\nstopping after this batch; Ctrl-C again stops at once", file=sys.stderr)
 
 

@@ -5,15 +5,23 @@ arXiv 1601.06759); with --conditional the label enters every masked layer (2016b
 
     python hw2_step2_main.py                          train with the defaults below
     python hw2_step2_main.py --conditional --digit 3  the class-conditional network, and a grid of threes
+    python hw2_step2_main.py --minutes 5              train for five minutes, whatever the machine
     python hw2_step2_main.py --dry-run                a few batches, to look around
     python hw2_step2_main.py --sample-only            draw from the trained network
+    torchrun --nproc_per_node=2 hw2_step2_main.py     the same training, shared by two GPUs or processes
 
 Writes into results/step2_pixelcnn/ or results/step2_conditional_pixelcnn/:
-    loss.png           negative log-likelihood of training and test images over the epochs
-    samples.png        samples; with --conditional a row of each digit
-    samples_digit.png  with --conditional: samples of the digit chosen with --digit
-    comparison.png     with --conditional: real, unconditional and conditional images side by side
+    loss.png             negative log-likelihood of training and test images over the epochs
+    samples.png          samples; with --conditional a row of each digit
+    completions.png      test digits whose lower half the network has drawn
+    nll_map.png          where in the image the nats are
+    nll_digits.png       in which digits they are
+    receptive_field.png  which pixels a prediction depends on, and which it cannot see
     losses.csv, metrics.json, config.json, model.pt
+and with --conditional:
+    samples_digit.png    samples of the digit chosen with --digit
+    comparison.png       real, unconditional and conditional images side by side
+    bayes.png            test digits classified by the most likely label
 """
 
 import math
@@ -22,82 +30,112 @@ import time
 import torch
 from torch import nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from models.AR import ConditionalPixelCNN, PixelCNN
-from utils import ablation, plotting, runs
-from utils.data import batches, binarize, load_mnist
+from utils import ablation, metrics, parallel, plotting, runs
+from utils.data import batches, binarize, distort, load_mnist
 
 STEP, CONDITIONAL_STEP = "step2_pixelcnn", "step2_conditional_pixelcnn"
 
 ARCHITECTURE = dict(
     num_layers=8,  # type-B layers between the type-A layer and the head
     channels=32,  # feature maps of each
-    kernel_size=7,  # of every layer but the head's two
+    first_kernel_size=27,  # of the type-A layer: with one input channel a wide view is cheap
+    kernel_size=7,  # of the type-B layers
     head_channels=64,  # feature maps between the two 1 x 1 layers
+    activation="hardswish",  # smooth where ReLU has its corner, and as cheap
     residual=True,  # each type-B layer adds to its input
+    positional=True,  # a learned vector for each position, as digits are centred
 )
 
 DEFAULTS = dict(
-    num_epochs=12,  # passes over the 60,000 training images; with more of them it overfits
+    num_epochs=18,  # passes over the 60,000 training images
+    minutes=None,  # train for so long instead, whatever the number of epochs
     batch_size=32,  # a quarter of the handout's, so four times its steps in an epoch
     learning_rate=3e-3,  # peak, reached after the warm-up and falling to zero at the end
     warm_up=200,  # steps in which the learning rate rises
+    clip_norm=50.0,  # of the gradient, in nats per image
     binarize="threshold",  # x > 0.5; or "stochastic", a fresh Bernoulli(x) draw at each step
+    distorted=0.5,  # share of the training images that are slightly rotated, scaled and sheared
+    distorted_until=0.8,  # of the training; its end sees images as they are
     **ARCHITECTURE,
 )
 
 VARIANTS = {
     "plain": ("what do the residual connections do?", dict(residual=False, learning_rate=1e-3)),
-    "narrow-kernels": ("do 5 x 5 kernels and more channels do as well?", dict(kernel_size=5, channels=48)),
+    "relu": ("does the smooth activation matter?", dict(activation="relu")),
+    "first-7": ("does the wide first layer matter?", dict(first_kernel_size=7)),
+    "no-position": ("does it help to know where in the image one is?", dict(positional=False)),
+    "undistorted": ("do distorted training images help?", dict(distorted=0.0)),
+    "5x5": ("narrower kernels in more layers?", dict(kernel_size=5, num_layers=12)),
+    "9x9": ("wider kernels in fewer layers?", dict(kernel_size=9, num_layers=6)),
+    "wide": ("more channels in fewer layers?", dict(channels=64, num_layers=4, learning_rate=2e-3)),
+    "deep": ("fewer channels in more layers?", dict(channels=24, num_layers=12)),
+    "batch-16": ("smaller batches and more steps?", dict(batch_size=16, learning_rate=2e-3)),
+    "stochastic": (
+        "how good is it on the scale of the literature?",
+        dict(binarize="stochastic", distorted=0.0),
+    ),
     "large": (
         "how far does it go on a GPU?",
-        dict(num_epochs=100, num_layers=12, channels=96, learning_rate=1e-3),
+        dict(num_epochs=100, num_layers=12, channels=96, batch_size=64, learning_rate=1e-3),
     ),
 }
 
+NOT_COMPARABLE = ("stochastic", "large")  # with the others of --ablation: other pixels, other hardware
+
 NUM_CLASSES = 10
 NUM_PIXELS = 28 * 28
+NUM_JUDGED = 1000  # conditional samples that the digit classifier judges
+ROWS_GIVEN = 14  # of the digits to be completed
+SEEN_FROM = (14, 3)  # row and column of the pixel whose receptive field is drawn
 
 
 def build_network(conditional, **architecture):
     return ConditionalPixelCNN(NUM_CLASSES, **architecture) if conditional else PixelCNN(**architecture)
 
 
-def predict(network, x, labels):
-    """Logits of every pixel; the labels, (N,) integers, are for a conditional network alone."""
+def inputs(network, x, labels):
+    """What the network takes: images (N, 1, 28, 28) in {0, 1}, and one-hot labels if it is conditional."""
     if isinstance(network, ConditionalPixelCNN):
-        return network(x, F.one_hot(labels, NUM_CLASSES).float())
-    return network(x)
+        return x, F.one_hot(labels, NUM_CLASSES).float()
+    return (x,)
 
 
 def train(run, network, train_set, test_set):
     """Minimise the binary cross-entropy, which is the negative log-likelihood, over uint8 images."""
     options = run.options
-    num_epochs, batch_size, how = (options[key] for key in ("num_epochs", "batch_size", "binarize"))
+    num_epochs, batch_size = options["num_epochs"], options["batch_size"]
     steps = num_epochs * math.ceil(len(train_set[0]) / batch_size)
     optimizer = torch.optim.Adam(
         network.parameters(), lr=options["learning_rate"], betas=(0.9, 0.99), fused=True
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / options["warm_up"], 1 - step / steps)
+        optimizer, lambda step: max(0, min((step + 1) / options["warm_up"], 1 - run.share_done(step / steps)))
     )
-    criterion = nn.BCEWithLogitsLoss()
+    criterion = nn.BCEWithLogitsLoss(reduction="sum")
     run.start(network=network, optimizer=optimizer, schedule=schedule)
+    model = parallel.wrap(network)
     if run.epoch == run.batch == 0:
         log_epoch(run, network, test_set, epoch=0)
 
     for epoch in run.epochs(num_epochs):
-        for x, labels in run.progress(batches(*train_set, batch_size, run.order())):
-            x = binarize(x, how)
+        for images, labels in run.progress(batches(*train_set, batch_size, run.order())):
+            if run.share_done(schedule.last_epoch / steps) < options["distorted_until"]:
+                images = distort(images, options["distorted"])
+            x = binarize(images, options["binarize"])
+            x, labels = parallel.share(x), parallel.share(labels)
             with run.autocast():
-                logits = predict(network, x, labels)
-            loss = criterion(logits.float(), x)
+                logits = model(*inputs(network, x, labels))
+            # Nats per image of the whole batch; gradients are averaged over the processes.
+            loss = criterion(logits.float(), x) * parallel.num_processes() / len(images)
             optimizer.zero_grad()
             loss.backward()
+            nn.utils.clip_grad_norm_(network.parameters(), options["clip_norm"])
             optimizer.step()
             schedule.step()
-            # The criterion averages over pixels as well; an image's likelihood is their sum.
-            run.add(len(x), train_nll=loss.item() * NUM_PIXELS)
+            run.add(len(images), train_nll=parallel.mean(loss))
         log_epoch(run, network, test_set, epoch)
 
 
@@ -110,20 +148,49 @@ def log_epoch(run, network, test_set, epoch):
     run.say(epoch, **row)
 
 
-@torch.no_grad()
-def evaluate(network, images, labels, how, batch_size=250):
-    """Negative log-likelihood in nats per image, the mean over uint8 images.
+def evaluate(network, images, labels, how):
+    """Negative log-likelihood in nats per image, the mean over uint8 images."""
+    x, labels = parallel.share(binarize_test(images, how)), parallel.share(labels)
+    nats = pixel_nll(network, x, labels).sum().item()
+    return parallel.total(nats, images.device) / len(images)
 
-    Stochastic binarisation draws the same pixels at every call, so that epochs and networks compare.
+
+def binarize_test(images, how):
+    """Stochastic binarisation draws the same pixels at every call, so that epochs and networks compare."""
+    return binarize(images, how, torch.Generator(images.device).manual_seed(0))
+
+
+@torch.no_grad()
+def pixel_nll(network, x, labels, batch_size=250):
+    """-log p(x_i | x_1, ..., x_(i-1)) of every pixel, in nats: (N, 1, 28, 28) for images x in {0, 1}."""
+    nll = torch.empty_like(x)
+    for chosen, x, labels in zip(nll.split(batch_size), x.split(batch_size), labels.split(batch_size)):
+        logits = network(*inputs(network, x, labels)).float()
+        chosen.copy_(F.binary_cross_entropy_with_logits(logits, x, reduction="none"))
+    return nll
+
+
+def label_log_likelihoods(network, x):
+    """log p(x | y) of each label y, (N, 10) in nats; by Bayes' rule its argmax is the likeliest of equal labels."""
+    return torch.stack(
+        [
+            -pixel_nll(network, x, torch.full((len(x),), label, device=x.device)).sum((1, 2, 3))
+            for label in tqdm(range(NUM_CLASSES), "Bayes' rule", unit="label", disable=None, leave=False)
+        ],
+        dim=1,
+    )
+
+
+def receptive_field(network, x, labels, pixel):
+    """Mean over the images of |d logit / d x_j| for the logit of one pixel and every x_j, (28, 28).
+
+    Where it is zero for every image, the prediction does not depend on x_j: what comes later in raster order, and
+    the blind spot.
     """
-    network.eval()
-    draw = torch.Generator(images.device).manual_seed(0)
-    total = 0.0
-    for x, y in batches(images, labels, batch_size):
-        x = binarize(x, how, draw)
-        total += F.binary_cross_entropy_with_logits(predict(network, x, y).float(), x, reduction="sum").item()
-    network.train()
-    return total / len(images)
+    x = x.clone().requires_grad_()
+    logits = network(*inputs(network, x, labels))
+    (gradient,) = torch.autograd.grad(logits[:, 0, pixel[0], pixel[1]].sum(), x)
+    return gradient.abs().mean((0, 1))
 
 
 def bits_per_pixel(nll):
@@ -143,60 +210,123 @@ def draw_losses(run):
     plotting.save_curves(run.folder / "loss.png", history["epoch"], panels)
 
 
-def draw_samples(run, network, conditional, digit, real_images):
-    """samples.png, and for the conditional network the figures that choose digits; real_images in {0, 1}."""
+def draw_samples(run, network, digit, test_set):
+    """The figures of images that the network draws; those that choose digits for a conditional one alone."""
+    images, labels = test_set
+    conditional = isinstance(network, ConditionalPixelCNN)
     noise = torch.Generator().manual_seed(run.args.seed)
     folder, columns = run.folder, 10
-    if not conditional:
-        samples = network.sample(10 * columns, noise)
-        plotting.save_images(folder / "samples.png", samples, columns)
-        return
-    samples = network.sample(torch.arange(NUM_CLASSES).repeat_interleave(columns), noise)
-    plotting.save_images(
-        folder / "samples.png", samples, columns, [str(label) for label in range(NUM_CLASSES)]
+    digits = torch.arange(NUM_CLASSES).repeat_interleave(columns)
+    samples = network.sample(digits if conditional else len(digits), noise)
+    names = [str(label) for label in range(NUM_CLASSES)]
+    plotting.save_images(folder / "samples.png", samples, columns, names if conditional else ())
+
+    # The first test digit of each class, its upper half, and what the network makes of it.
+    first = [(labels == label).nonzero()[0].item() for label in labels.unique()]
+    originals = binarize_test(images, run.options["binarize"])[first]
+    repeated = originals.repeat_interleave(columns, 0)
+    completed = network.sample(
+        labels[first].repeat_interleave(columns) if conditional else len(repeated),
+        noise,
+        given=repeated[:, :, :ROWS_GIVEN],
     )
-    chosen = network.sample(torch.full((10 * columns,), digit), noise)
+    halves = originals.clone()
+    halves[:, :, ROWS_GIVEN:] = 0.5
+    rows = torch.cat([originals[:, None], halves[:, None], completed.unflatten(0, (-1, columns))], 1)
+    plotting.save_images(folder / "completions.png", rows.flatten(0, 1), columns + 2)
+    if not conditional:
+        return
+
+    chosen = network.sample(torch.full_like(digits, digit), noise)
     plotting.save_images(folder / "samples_digit.png", chosen, columns, title=f"samples of the digit {digit}")
-    grids = {"real": real_images[: 10 * columns]}
-    unconditional = runs.ROOT / "results" / STEP / "model.pt"
-    if unconditional.exists():
-        grids["unconditional"] = load_model(unconditional, run.device, (STEP,)).sample(10 * columns, noise)
-    else:
-        print("comparison.png lacks unconditional samples: run this script without --conditional first")
+    grids = {"real": binarize_test(images, run.options["binarize"])[: len(digits)]}
+    try:
+        folder_of_other = runs.run_folder(runs.ROOT / "results" / STEP, run.args.variant)
+        other = load_model(folder_of_other / "model.pt", run.device, (STEP,))
+        grids["unconditional"] = other.sample(len(digits), noise)
+    except runs.UserError as error:
+        print(f"comparison.png lacks unconditional samples, {error}")
     grids["class-conditional"] = samples[torch.randperm(len(samples), generator=noise)]
     plotting.save_side_by_side(folder / "comparison.png", grids, columns)
 
 
+def draw_knowledge(run, network, test_set, nll, guesses):
+    """Where the nats are, what a prediction depends on and, with `guesses`, which digits are mistaken for which.
+
+    Args:
+        nll: (N, 1, 28, 28) of the test images, `guesses`: (N,) labels by Bayes' rule, or None.
+    """
+    images, labels = test_set
+    folder, how = run.folder, run.options["binarize"]
+    plotting.save_map(folder / "nll_map.png", nll.mean((0, 1)), f"NLL (nats, {how})")
+    nats = [
+        nll[labels == label].sum().item() / max(1, (labels == label).sum().item())
+        for label in range(NUM_CLASSES)
+    ]
+    plotting.save_bars(
+        folder / "nll_digits.png", range(NUM_CLASSES), nats, "digit", f"test NLL (nats per image, {how})"
+    )
+    x = binarize_test(images[:NUM_JUDGED], how)
+    sensitivity = receptive_field(network, x, labels[:NUM_JUDGED], SEEN_FROM)
+    plotting.save_receptive_field(folder / "receptive_field.png", sensitivity, SEEN_FROM)
+    if guesses is not None:
+        plotting.save_confusion(folder / "bayes.png", labels, guesses, "label with the highest log p(x|y)")
+
+
 def write_metrics(run, network, train_set, test_set):
-    """Final figures, computed in single precision."""
+    """Final figures, computed in single precision unless they say so, and the figures that go with them."""
     conditional = isinstance(network, ConditionalPixelCNN)
-    how, test_count = run.options["binarize"], len(test_set[0])
-    protocol = dict(binarization=how, train_images=len(train_set[0]), test_images=test_count)
-    formula = f"-sum_i log p(x_i | x_1, ..., x_{{i-1}}{', y' if conditional else ''}), mean over images"
+    how, (images, labels) = run.options["binarize"], test_set
+    protocol = dict(binarization=how, train_images=len(train_set[0]), test_images=len(images))
+    given = "x_1, ..., x_{i-1}" + (", y" if conditional else "")
+    formula = f"-sum_i log p(x_i | {given}), mean over images"
     unit = "nats per image"
 
-    nll = evaluate(network, *test_set, how)
-    train_nll = evaluate(network, *(each[:test_count] for each in train_set), how)
+    x = binarize_test(images, how)
+    nll = pixel_nll(network, x, labels)
+    test_nll = nll.sum().item() / len(x)
+    train_nll = evaluate(network, *(each[: len(images)] for each in train_set), how)
     best = min(run.history["test_nll"])
     best_epoch = run.history["test_nll"].index(best)
-    labels = torch.arange(64) % NUM_CLASSES
+    digits = torch.arange(64, device=run.device) % NUM_CLASSES
     started = time.perf_counter()
-    (network.sample(labels) if conditional else network.sample(len(labels))).cpu()
+    (network.sample(digits) if conditional else network.sample(len(digits))).cpu()
     sampling = time.perf_counter() - started
-    run.finish(
-        len(train_set[0]),
-        test_nll=runs.metric(nll, unit, formula, **protocol),
-        test_bits=runs.metric(bits_per_pixel(nll), "bits per pixel", "test_nll / (784 log 2)", **protocol),
+    results = dict(
+        test_nll=runs.metric(test_nll, unit, formula, **protocol),
+        test_bits=runs.metric(
+            bits_per_pixel(test_nll), "bits per pixel", "test_nll / (784 log 2)", **protocol
+        ),
         best_test_nll=runs.metric(
             best, unit, f"{formula}; in the precision of the training", epoch=best_epoch, **protocol
         ),
         train_nll=runs.metric(
-            train_nll, unit, formula, over=f"first {test_count} training images", **protocol
+            train_nll, unit, formula, over=f"first {len(images)} training images", **protocol
         ),
         sampling_time=runs.metric(
             sampling, "seconds", "wall time of drawing 64 images", hardware=runs.hardware(run.device)
         ),
     )
+    guesses = None
+    if conditional:
+        with run.autocast():
+            guesses = label_log_likelihoods(network, x).argmax(1)
+        results["bayes_accuracy"] = runs.metric(
+            (guesses == labels).float().mean().item(),
+            "share of test images",
+            "argmax_y log p(x | y) is the label; in the precision of the training",
+            **protocol,
+        )
+        digits = torch.arange(NUM_JUDGED, device=run.device) % NUM_CLASSES
+        verdicts = metrics.classify(network.sample(digits))
+        results["recognised"] = runs.metric(
+            (verdicts == digits).float().mean().item(),
+            "share of samples",
+            "the digit classifier sees the digit that was asked for",
+            samples=NUM_JUDGED,
+        )
+    run.finish(**results)
+    draw_knowledge(run, network, test_set, nll, guesses)
 
 
 def load_model(path, device="cpu", steps=(STEP, CONDITIONAL_STEP)):
@@ -220,28 +350,34 @@ def main():
         choices=["threshold", "stochastic"],
         help=f"how pixels become binary ({DEFAULTS['binarize']})",
     )
+    parser.add_argument(
+        "--minutes", type=runs.positive, help="train for so long instead of a number of epochs"
+    )
     args = parser.parse_args()
     options = runs.choose_options(parser, args, DEFAULTS, VARIANTS)
     step = CONDITIONAL_STEP if args.conditional else STEP
     if args.ablation or args.seeds:
-        return ablation.run_all(__file__, step, args, VARIANTS)
-    run = runs.Run(step, args, options)
-    train_set, test_set = load_mnist(args.data_dir, run.device)
-    real_images = binarize(test_set[0][:100], options["binarize"], torch.Generator(run.device).manual_seed(0))
+        comparable = {name: VARIANTS[name] for name in VARIANTS if name not in NOT_COMPARABLE}
+        return ablation.run_all(__file__, step, args, comparable, ["--minutes", "10"])
+    run = runs.Run(step, args, options, several_processes=True)
+    train_set, test_set = load_mnist(args.data_dir, run.device, args.held_out)
     if args.sample_only:
         network = load_model(run.folder / "model.pt", run.device, (step,))
-        draw_samples(run, network, args.conditional, args.digit, real_images)
+        draw_samples(run, network, args.digit, test_set)
         print(f"samples in {run.folder}")
         return
 
+    full_test_set = test_set
     train_set, test_set = run.limit(*train_set), run.limit(*test_set)
     architecture = dict(conditional=args.conditional, **{key: options[key] for key in ARCHITECTURE})
     network = build_network(**architecture).to(run.device, memory_format=torch.channels_last)
     train(run, network, train_set, test_set)
+    if not parallel.go_on_alone():
+        return
     runs.save_model(run.folder / "model.pt", step, network, architecture)
     write_metrics(run, network.eval(), train_set, test_set)
     draw_losses(run)
-    draw_samples(run, network, args.conditional, args.digit, real_images)
+    draw_samples(run, network, args.digit, full_test_set)
 
 
 if __name__ == "__main__":

@@ -82,18 +82,33 @@ class PixelCNN(nn.Module):
 
     Args:
         channels: feature maps of every layer but the last two.
-        kernel_size: of every layer but the last two; odd.
+        first_kernel_size, kernel_size: of the type-A layer and of the type-B layers between it and the last
+            two; odd.
         head_channels: feature maps between the two 1 x 1 layers.
+        activation: name of the nonlinearity in `torch.nn.functional`.
+        positional: add a learned vector for each position of a 28 x 28 image to the type-A layer's output;
+            positions beyond it in a larger image share the vector of the nearest one.
         conv: the class of the masked layers.
     """
 
     def __init__(
-        self, num_layers=8, channels=32, kernel_size=7, head_channels=64, residual=True, conv=MaskedConv2d
+        self,
+        num_layers=8,
+        channels=32,
+        first_kernel_size=27,
+        kernel_size=7,
+        head_channels=64,
+        activation="hardswish",
+        residual=True,
+        positional=True,
+        conv=MaskedConv2d,
     ):
         super().__init__()
         self.residual = residual
+        self.activation = getattr(F, activation)
+        self.first = conv("A", 1, channels, first_kernel_size, padding=first_kernel_size // 2)
+        self.position = nn.Parameter(torch.zeros(channels, *IMAGE_SHAPE[1:])) if positional else None
         same = dict(kernel_size=kernel_size, padding=kernel_size // 2)
-        self.first = conv("A", 1, channels, **same)
         self.layers = nn.ModuleList(conv("B", channels, channels, **same) for _ in range(num_layers))
         self.head = nn.ModuleList(
             [conv("B", channels, head_channels, kernel_size=1), conv("B", head_channels, 1, kernel_size=1)]
@@ -101,9 +116,9 @@ class PixelCNN(nn.Module):
 
     def forward(self, x):
         """(N, 1, H, W) images in {0, 1} -> (N, 1, H, W) logits."""
-        return self._logits(x, lambda layer, h: layer(h))
+        return self._logits(x, lambda layer, h: layer(h), self._offset(*x.shape[2:]))
 
-    def sample(self, num_samples, generator=None, cached=True):
+    def sample(self, num_samples, generator=None, cached=True, given=None):
         """Draw (num_samples, 1, 28, 28) images in {0, 1}, pixel by pixel in raster order.
 
         The random numbers come from `generator` (a CPU `torch.Generator`; without one, a fresh one with
@@ -112,26 +127,40 @@ class PixelCNN(nn.Module):
         Args:
             cached: compute each feature once (Ramachandran et al. 2017, arXiv 1704.06001); without it, run
                 the whole network for every pixel. Both draw the same images, up to a tie within rounding.
+            given: (num_samples, 1, rows, 28) in {0, 1}, the uppermost rows of the images, to be completed.
         """
-        return self._draw(num_samples, generator, cached)
+        return self._draw(num_samples, generator, cached, given)
 
-    def _logits(self, x, apply):
+    def _offset(self, height, width):
+        """What is added to the type-A layer's output because of the position, (channels, H, W)."""
+        if self.position is None:
+            return self.first.weight.new_zeros(1, height, width)
+        _, rows, columns = self.position.shape
+        row, column = torch.arange(height).clamp(max=rows - 1), torch.arange(width).clamp(max=columns - 1)
+        return self.position[:, row[:, None], column]
+
+    def _logits(self, x, apply, offset):
         """The network, with `apply(layer, features)` in place of each masked convolution.
 
         Everything else acts on each pixel by itself, so the same lines serve whole images and one column.
         """
         h = apply(self.first, x)
+        h = h + offset.to(h.dtype)  # under autocast the features stay in bfloat16
         for layer in self.layers:
-            update = apply(layer, F.relu(h))
+            update = apply(layer, self.activation(h))
             h = h + update if self.residual else update
         for layer in self.head:
-            h = apply(layer, F.relu(h))
+            h = apply(layer, self.activation(h))
         return h
 
     @torch.no_grad()
-    def _draw(self, num_samples, generator, cached, *y):
+    def _draw(self, num_samples, generator, cached, given, *y):
         images = self.first.weight.new_zeros(num_samples, *IMAGE_SHAPE)
         _, _, height, width = images.shape
+        num_given = 0 if given is None else given.shape[2]
+        if num_given:
+            images[:, :, :num_given] = given
+        offset = self._offset(height, width)
         generator = generator or torch.Generator().manual_seed(0)
         # x = [logit(u) < logit(p)] with uniform u is a draw of Bernoulli(p).
         thresholds = torch.rand(images.shape, generator=generator).logit().to(images)
@@ -142,13 +171,15 @@ class PixelCNN(nn.Module):
                 cache.start_row()
             for column in range(width):
                 if cached:
-                    logits = self._logits(None, lambda layer, h: caches[layer].column(column, h))
+                    logits = self._logits(
+                        None, lambda layer, h: caches[layer].column(column, h), offset[:, row, column]
+                    )
                 else:
                     logits = self(images, *y)[:, :, row, column]
-                pixels = (thresholds[:, :, row, column] < logits).to(images)
-                images[:, :, row, column] = pixels
+                if row >= num_given:
+                    images[:, :, row, column] = (thresholds[:, :, row, column] < logits).to(images)
                 if cached:
-                    caches[self.first].store(column, pixels)
+                    caches[self.first].store(column, images[:, :, row, column])
         return images
 
 
@@ -166,14 +197,14 @@ class ConditionalPixelCNN(PixelCNN):
 
     def forward(self, x, y):
         """x (N, 1, H, W) in {0, 1}, y (N, num_classes) one-hot -> (N, 1, H, W) logits."""
-        return self._logits(x, lambda layer, h: layer(h, y))
+        return self._logits(x, lambda layer, h: layer(h, y), self._offset(*x.shape[2:]))
 
-    def sample(self, labels, generator=None, cached=True):
+    def sample(self, labels, generator=None, cached=True, given=None):
         """Draw an image in {0, 1} for each of `labels`, (N,) integers; see `PixelCNN.sample`."""
         weight = self.first.class_emb.weight
         labels = torch.as_tensor(labels, device=weight.device).long()
         y = F.one_hot(labels, self.num_classes).to(weight)
-        return self._draw(len(labels), generator, cached, y)
+        return self._draw(len(labels), generator, cached, given, y)
 
 
 class _LayerCache:

@@ -11,15 +11,25 @@ from torch.nn import functional as F
 
 import hw2_step2_main as step2
 from models.AR import ConditionalMaskedConv2d, ConditionalPixelCNN, MaskedConv2d, PixelCNN
+from utils.data import binarize
 
-SMALL = dict(num_layers=2, channels=5, head_channels=7)
+SMALL = dict(num_layers=2, channels=5, head_channels=7, first_kernel_size=5)
 ARCHITECTURES = [
     dict(),
-    dict(residual=False),
+    dict(residual=False, activation="relu", positional=False),
+    dict(first_kernel_size=27, activation="gelu"),
     dict(kernel_size=3, num_layers=3),
     dict(kernel_size=5, num_layers=0),
-    dict(kernel_size=1),
+    dict(kernel_size=1, first_kernel_size=1),
 ]
+
+
+def build(network_class, **architecture):
+    """A small network in double precision whose positions differ, as they do after training."""
+    network = network_class(**{**SMALL, **architecture}).double().eval()
+    if network.position is not None:
+        nn.init.normal_(network.position)
+    return network
 
 
 def test_masks_of_a_3x3_kernel():
@@ -60,10 +70,10 @@ def test_every_pixel_depends_on_earlier_pixels_alone(architecture, conditional):
     """The Jacobian of the logits is zero on and above the diagonal, for every pixel."""
     height, width = 9, 8
     if conditional:
-        network = ConditionalPixelCNN(**{**SMALL, **architecture}).double()
+        network = build(ConditionalPixelCNN, **architecture)
         y = F.one_hot(torch.tensor([4]), 10).double()
     else:
-        network = PixelCNN(**{**SMALL, **architecture}).double()
+        network = build(PixelCNN, **architecture)
     x = torch.rand(1, 1, height, width, dtype=torch.float64)
     jacobian = torch.autograd.functional.jacobian(lambda x: network(x, y) if conditional else network(x), x)
     jacobian = jacobian.reshape(height * width, height * width)
@@ -105,11 +115,6 @@ def test_defaults_are_those_of_the_reported_run():
     assert {key: parameters[key].default for key in step2.ARCHITECTURE} == step2.ARCHITECTURE
 
 
-def test_cached_sampling_of_the_default_network_in_single_precision():
-    network = PixelCNN(num_layers=3).eval()
-    assert torch.equal(network.sample(2), network.sample(2, cached=False))
-
-
 def test_signatures():
     plain = ["self", "mask_type", "in_channels", "out_channels", "kernel_size", "stride", "padding", "bias"]
     assert list(inspect.signature(MaskedConv2d.__init__).parameters) == plain
@@ -133,8 +138,7 @@ def test_label_reaches_every_masked_layer():
 @pytest.mark.parametrize("num_samples", [1, 3])
 def test_cached_sampling_draws_what_the_plain_loop_draws(architecture, num_samples):
     # In double precision the order of a sum can change no comparison of a probability and a random number.
-    plain = PixelCNN(**{**SMALL, **architecture}).double().eval()
-    conditional = ConditionalPixelCNN(**{**SMALL, **architecture}).double().eval()
+    plain, conditional = (build(each, **architecture) for each in (PixelCNN, ConditionalPixelCNN))
     labels = torch.arange(num_samples) * 3
     for seed in (0, 1):
         noise = torch.Generator()
@@ -146,6 +150,64 @@ def test_cached_sampling_draws_what_the_plain_loop_draws(architecture, num_sampl
             conditional.sample(labels, noise.manual_seed(seed)),
             conditional.sample(labels, noise.manual_seed(seed), cached=False),
         )
+
+
+@pytest.mark.parametrize("size, conditional", [("default", False), ("default", True), ("large", True)])
+def test_cached_sampling_of_both_sizes(size, conditional):
+    """The named sizes, single precision, as users call them."""
+    changes = step2.VARIANTS["large"][1] if size == "large" else {}
+    sizes = {key: changes.get(key, value) for key, value in step2.ARCHITECTURE.items()}
+    network = step2.build_network(conditional, **sizes).eval()
+    what = torch.tensor([7]) if conditional else 1
+    assert torch.equal(network.sample(what), network.sample(what, cached=False))
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_completion_keeps_the_given_rows_and_draws_the_rest(cached):
+    network = build(PixelCNN)
+    whole = network.sample(3, cached=cached)
+    # Completing the upper rows of a sample with the same random numbers gives that sample again.
+    assert torch.equal(network.sample(3, cached=cached, given=whole[:, :, :11]), whole)
+    given = 1 - whole[:, :, :11]
+    completed = network.sample(3, cached=cached, given=given)
+    assert torch.equal(completed[:, :, :11], given) and not torch.equal(
+        completed[:, :, 11:], whole[:, :, 11:]
+    )
+    conditional = build(ConditionalPixelCNN)
+    drawn = conditional.sample(torch.tensor([1, 2]), cached=cached)
+    assert torch.equal(conditional.sample(torch.tensor([1, 2]), cached=cached, given=drawn[:, :, :1]), drawn)
+
+
+def test_positions_of_other_sizes():
+    """Smaller images use the first positions, larger ones repeat the last."""
+    network = build(PixelCNN)
+    offset = network._offset(30, 20)
+    assert torch.equal(offset[:, :28], network.position[:, :, :20])
+    assert torch.equal(offset[:, 29], network.position[:, 27, :20])
+    assert network(torch.rand(2, 1, 30, 31, dtype=torch.float64)).shape == (2, 1, 30, 31)
+
+
+def test_receptive_field_and_its_blind_spot():
+    """A 3 x 3 layer of each type and 1 x 1 layers see what the masks say; what is right of it above is blind."""
+    network = build(PixelCNN, num_layers=1, first_kernel_size=3, kernel_size=3, activation="gelu").float()
+    x = torch.rand(8, 1, 28, 28)
+    seen = step2.receptive_field(network, x, None, (10, 10)) > 0
+    expected = torch.zeros(28, 28, dtype=torch.bool)
+    expected[10, 8:10] = True  # one step to the left by each layer
+    expected[9, 8:12] = True  # up and at most one to the right, then one to the left at will
+    expected[8, 8:13] = True
+    assert torch.equal(seen, expected)
+
+
+def test_label_log_likelihoods_and_pixel_nll():
+    network = build(ConditionalPixelCNN).float()
+    x = (torch.rand(4, 1, 28, 28) > 0.8).float()
+    table = step2.label_log_likelihoods(network, x)
+    assert table.shape == (4, 10)
+    for label in range(10):
+        y = F.one_hot(torch.full((4,), label), 10).float()
+        expected = torch.distributions.Bernoulli(logits=network(x, y)).log_prob(x).flatten(1).sum(1)
+        assert torch.allclose(table[:, label], expected, rtol=1e-4)
 
 
 def test_sampling_is_repeatable_and_leaves_the_global_state():
@@ -179,8 +241,11 @@ def test_nll_by_hand_and_its_mean_over_a_short_last_batch():
         images[index].view(-1)[: 100 * index] = 255
     white = [100 * index for index in range(5)]
     expected = sum(-k * math.log(0.2) - (784 - k) * math.log(0.8) for k in white) / 5
-    nll = step2.evaluate(network, images, torch.zeros(5, dtype=torch.long), "threshold", batch_size=2)
-    assert nll == pytest.approx(expected, rel=1e-5)
+    labels = torch.zeros(5, dtype=torch.long)
+    assert step2.evaluate(network, images, labels, "threshold") == pytest.approx(expected, rel=1e-5)
+    in_batches = step2.pixel_nll(network, binarize(images, "threshold"), labels, batch_size=2)
+    assert in_batches.shape == (5, 1, 28, 28)
+    assert in_batches.sum().item() / 5 == pytest.approx(expected, rel=1e-5)
     assert step2.bits_per_pixel(784 * math.log(2)) == pytest.approx(1)
 
 

@@ -19,13 +19,14 @@ from tests.conftest import ROOT
 from utils import runs
 
 COMMON = {"config.json", "metrics.json", "losses.csv", "loss.png", "samples.png", "model.pt", "checkpoint.pt"}
+PIXELCNN_FIGURES = {"completions.png", "nll_map.png", "nll_digits.png", "receptive_field.png"}
 STEPS = {
     "gan": ("hw2_step1_main.py", [], {"samples_by_epoch.png"}, step1.load_model),
-    "pixelcnn": ("hw2_step2_main.py", [], set(), step2.load_model),
+    "pixelcnn": ("hw2_step2_main.py", [], PIXELCNN_FIGURES, step2.load_model),
     "conditional": (
         "hw2_step2_main.py",
         ["--conditional", "--digit", "7", "--binarize", "stochastic"],
-        {"samples_digit.png", "comparison.png"},
+        PIXELCNN_FIGURES | {"samples_digit.png", "comparison.png", "bayes.png"},
         step2.load_model,
     ),
     "vae": (
@@ -155,6 +156,8 @@ def test_ctrl_c_from_outside(tmp_path):
         (step2, ["--digit", "-1"], "--digit"),
         (step2, ["--digit", "three"], "--digit"),
         (step2, ["--binarize", "maybe"], "--binarize"),
+        (step2, ["--minutes", "0"], "--minutes"),
+        (step2, ["--minutes", "soon"], "--minutes"),
         (step3, ["--kl-coeff", "-1"], "--kl-coeff"),
         (step3, ["--kl-coeff", "nan"], "--kl-coeff"),
         (step3, ["--latent-dim", "0"], "--latent-dim"),
@@ -265,11 +268,11 @@ def test_default_folders_and_flags(call_step):
     )
     common = (
         "--epochs --batch-size --seed --device --data-dir --out-dir --dry-run --resume --sample-only --variant "
-        "--list-variants --ablation --seeds"
+        "--list-variants --ablation --seeds --held-out"
     ).split()
     for module, own in (
         (step1, ["--d-freq"]),
-        (step2, ["--conditional", "--digit", "--binarize"]),
+        (step2, ["--conditional", "--digit", "--binarize", "--minutes"]),
         (step3, ["--kl-coeff", "--latent-dim"]),
     ):
         printed = call_step(module, "--help").stdout
@@ -326,12 +329,47 @@ def test_ablation_makes_a_table(run_step, tmp_path):
     )
 
 
+def test_ablation_of_step_2(run_step, tmp_path):
+    """Held-out images, and no variant whose figures would not compare."""
+    flags = ["--ablation", "--variant", "first-7", "--seeds", "1", "--dry-run", "--out-dir", tmp_path]
+    done = run_step("hw2_step2_main.py", *flags)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader((tmp_path / "ablation.csv").open()))
+    assert [row["variant"] for row in rows] == ["default", "first-7"]
+    config = json.loads((tmp_path / "seeds/seed_0/variants/first-7/config.json").read_text())
+    assert config["evaluated_on"] == "last 10,000 training images" and config["variant"] == "first-7"
+
+
+def test_minutes_limit_the_training(call_step, monkeypatch, tmp_path):
+    """On few images, many short epochs until the time is over, and the learning rate falls with the time."""
+    (images, labels), (test_images, test_labels) = step2.load_mnist(ROOT / "data")
+    few = (images[:40], labels[:40]), (test_images[:20], test_labels[:20])
+    monkeypatch.setattr(step2, "load_mnist", lambda *_: few)
+    steps = []
+    clip = step2.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(step2.nn.utils, "clip_grad_norm_", lambda *args: steps.append(1) or clip(*args))
+    minutes = 0.1
+    done = call_step(step2, "--minutes", minutes, "--batch-size", 4, "--out-dir", tmp_path)
+    assert done.returncode == 0, done.stderr
+    seconds = json.loads((tmp_path / "metrics.json").read_text())["wall_time"]["value"]
+    assert 60 * minutes <= seconds < 60 * minutes + 5
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    schedule = checkpoint["tracked"]["schedule"]
+    assert schedule["last_epoch"] == len(steps) and schedule["_last_lr"] == [pytest.approx(0, abs=3e-4)]
+
+
+def test_held_out_runs_keep_away_from_the_reported_ones():
+    parser = runs.make_parser("", step1.DEFAULTS)
+    folder = runs.results_folder("step1_gan", parser.parse_args(["--held-out"]))
+    assert folder == ROOT / "results" / "step1_gan" / "held_out"
+
+
 def test_means_weigh_a_short_last_batch_by_its_size():
     run = object.__new__(runs.Run)
-    run._sums, run._bar, run.epoch, run.batch = {}, runs.tqdm(disable=True), 0, 0
+    run._sums, run._bar, run.epoch, run.batch, run.images_seen = {}, runs.tqdm(disable=True), 0, 0, 0
     run.add(4, loss=1.0)
     run.add(1, loss=6.0)
-    assert run.means() == {"loss": 2.0}
+    assert run.means() == {"loss": 2.0} and run.images_seen == 5
     with pytest.raises(runs.UserError, match="epoch 1, batch 1"):
         run.add(4, loss=float("nan"))
 

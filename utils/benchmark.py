@@ -10,6 +10,7 @@ import time
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from torchvision.datasets import MNIST
@@ -18,7 +19,7 @@ from torchvision.transforms import Compose, Normalize, ToTensor
 import hw2_step1_main as step1
 import hw2_step2_main as step2
 import hw2_step3_main as step3
-from models.AR import PixelCNN
+from models.AR import MaskedConv2d, PixelCNN
 from models.GAN import Discriminator, Generator, train_discriminator, train_generator
 from models.VAE import VAE_model
 from utils.data import batches, binarize, load_mnist, to_symmetric, to_unit
@@ -27,7 +28,7 @@ from utils.runs import ROOT, UserError, hardware, has_bfloat16_units, run_main
 ROUNDS = 3
 SHARE = 10  # a tenth of an epoch is timed each round
 STEPS = 10
-NUM_SAMPLES = 64
+NUMS_SAMPLES = (1, 64, 256)
 
 
 def gan_step():
@@ -88,44 +89,69 @@ def time_epochs(name, step, batch_size, convert, transform, images, labels):
         )
 
 
-def time_precision(images):
-    """Print the time of a training step of step 2's default network in both precisions, and their ratio."""
-    network = PixelCNN(**step2.ARCHITECTURE).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(network.parameters(), fused=True)
+class FullKernelConv2d(MaskedConv2d):
+    """The masked convolution as it is usually written: the zeros of the mask are multiplied like the rest."""
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight * self.mask, self.bias, self.stride, self.padding)
+
+
+def time_pixelcnn(images):
+    """Print the time of a training step of step 2's default network against two slower ways to compute it."""
     x = binarize(images[: step2.DEFAULTS["batch_size"]], "threshold")
 
-    def step(enabled):
-        for _ in range(STEPS):
-            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-                logits = network(x)
-            loss = nn.functional.binary_cross_entropy_with_logits(logits.float(), x)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    def steps(memory_format, bfloat16, **changes):
+        network = PixelCNN(**step2.ARCHITECTURE, **changes).to(memory_format=memory_format)
+        optimizer = torch.optim.Adam(network.parameters(), fused=True)
 
-    bfloat16, single = interleave(lambda: step(True), lambda: step(False))
-    units = "with" if has_bfloat16_units(torch.device("cpu")) else "WITHOUT"
-    print(
-        f"step 2, training step, batch {len(x)}: bfloat16 {1e3 * bfloat16 / STEPS:.0f} ms, single precision "
-        f"{1e3 * single / STEPS:.0f} ms, ratio {single / bfloat16:.1f}, on a CPU {units} bfloat16 units"
-    )
+        def work():
+            for _ in range(STEPS):
+                with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+                    logits = network(x)
+                loss = F.binary_cross_entropy_with_logits(logits.float(), x)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+
+        return work
+
+    units = has_bfloat16_units(torch.device("cpu"))
+    for bfloat16 in (True, False) if units else (False,):
+        precision = "bfloat16" if bfloat16 else "single precision"
+        ours, usual = interleave(
+            steps(torch.channels_last, bfloat16),
+            steps(torch.contiguous_format, bfloat16, conv=FullKernelConv2d),
+        )
+        print(
+            f"step 2, training step, batch {len(x)}, {precision}: {1e3 * ours / STEPS:.0f} ms, with full kernels in "
+            f"the default memory format {1e3 * usual / STEPS:.0f} ms, ratio {usual / ours:.1f}"
+        )
+    if units:
+        bfloat16, single = interleave(*(steps(torch.channels_last, each) for each in (True, False)))
+        print(
+            f"step 2, training step, batch {len(x)}: bfloat16 {1e3 * bfloat16 / STEPS:.0f} ms, single precision "
+            f"{1e3 * single / STEPS:.0f} ms, ratio {single / bfloat16:.1f}"
+        )
 
 
 def time_sampling():
-    """Print the time of drawing images with and without the cache, their ratio, and whether they are equal."""
+    """Print the time of drawing images with and without the cache; whether they were equal every time."""
     network = step2.load_model(ROOT / "results" / step2.STEP / "model.pt")
     network.sample(1)
-    seconds, images = [], []
-    for cached in (True, False):
-        started = time.perf_counter()
-        images.append(network.sample(NUM_SAMPLES, cached=cached))
-        seconds.append(time.perf_counter() - started)
-    equal = torch.equal(*images)
-    print(
-        f"step 2, {NUM_SAMPLES} samples: cached {seconds[0]:.2f} s, one forward pass a pixel {seconds[1]:.1f} s, "
-        f"ratio {seconds[1] / seconds[0]:.0f}, images {'equal' if equal else 'different'}"
-    )
-    return equal
+    all_equal = True
+    for num_samples in NUMS_SAMPLES:
+        seconds, images = [], []
+        for cached in (True, False):
+            started = time.perf_counter()
+            images.append(network.sample(num_samples, cached=cached))
+            seconds.append(time.perf_counter() - started)
+        equal = torch.equal(*images)
+        all_equal &= equal
+        print(
+            f"step 2, {num_samples} samples: cached {seconds[0]:.2f} s, one forward pass a pixel {seconds[1]:.1f} s, "
+            f"ratio {seconds[1] / seconds[0]:.0f}, images {'equal' if equal else 'different'}"
+        )
+    return all_equal
 
 
 def interleave(*functions):
@@ -147,7 +173,7 @@ def main():
     symmetric = Compose([ToTensor(), Normalize(0.5, 0.5)])
     time_epochs("step 1", gan_step(), 128, to_symmetric, symmetric, images, labels)
     time_epochs("step 3", vae_step(), 256, to_unit, ToTensor(), images, labels)
-    time_precision(images)
+    time_pixelcnn(images)
     if not time_sampling():
         raise UserError("the two samplers drew different images")
 

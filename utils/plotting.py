@@ -11,6 +11,7 @@ from utils.runs import write_atomically
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (the backend has to be chosen first)
+from matplotlib.colors import ListedColormap, LogNorm  # noqa: E402
 
 # Okabe & Ito, "Color Universal Design", 2008.
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -116,6 +117,63 @@ def save_scatter(path, points, labels, title):
         )
     axis.legend(title="digit", markerscale=4, loc="center left", bbox_to_anchor=(1, 0.5))
     axis.set(xlabel="$z_1$", ylabel="$z_2$", title=title, aspect="equal")
+    save(figure, path)
+
+
+def save_map(path, values, label):
+    """A number for each pixel, (H, W), as colours with a scale."""
+    figure, axis = plt.subplots(figsize=(4.2, 3.4))
+    _draw_scale(figure, axis, axis.imshow(values.cpu(), cmap="cividis"), label)
+    save(figure, path)
+
+
+def save_receptive_field(path, sensitivity, pixel):
+    """How much the prediction at `pixel`, (row, column), changes with each pixel of `sensitivity`, (H, W).
+
+    Pixels that it may not see, because they come later, are white; those that it could but does not see, the blind
+    spot, have the second colour of the palette.
+    """
+    height, width = sensitivity.shape
+    earlier = torch.arange(height * width).view(height, width) < pixel[0] * width + pixel[1]
+    values = sensitivity.cpu()
+    seen = np.ma.masked_where(~earlier | (values == 0), values)
+    blind = np.ma.masked_where(~earlier | (values != 0), np.ones_like(values))
+    figure, axis = plt.subplots(figsize=(4.6, 3.4))
+    axis.imshow(blind, cmap=ListedColormap([COLORS[1]]))
+    _draw_scale(figure, axis, axis.imshow(seen, norm=LogNorm(), cmap="cividis"), "mean |d logit / d pixel|")
+    axis.plot(pixel[1], pixel[0], "x", color="black", label="predicted pixel")
+    axis.plot([], [], "s", color=COLORS[1], label="blind spot")
+    axis.legend(loc="lower right", fontsize=8)
+    save(figure, path)
+
+
+def _draw_scale(figure, axis, image, label):
+    figure.colorbar(image, ax=axis, label=label)
+    axis.grid(False)
+    axis.set(xlabel="column", ylabel="row")
+
+
+def save_bars(path, names, heights, xlabel, ylabel):
+    figure, axis = plt.subplots(figsize=(4.6, 3.2))
+    bars = axis.bar([str(name) for name in names], heights, color=COLORS[0])
+    axis.bar_label(bars, fmt="%.1f", fontsize=7)
+    axis.grid(axis="x", visible=False)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    save(figure, path)
+
+
+def save_confusion(path, labels, guesses, xlabel):
+    """How many images of each digit, a row, were taken for which, a column; both (N,) integers."""
+    counts = torch.zeros(10, 10, dtype=torch.long)
+    counts.index_put_((labels.cpu(), guesses.cpu()), torch.tensor(1), accumulate=True)
+    figure, axis = plt.subplots(figsize=(4.6, 4.2))
+    mistakes = counts.clone().fill_diagonal_(0)
+    axis.imshow(mistakes, cmap="Blues", vmax=max(1, 2 * mistakes.max().item()))
+    for row in range(10):
+        for column in range(10):
+            axis.text(column, row, counts[row, column].item() or "", ha="center", va="center", fontsize=7)
+    axis.set(xticks=range(10), yticks=range(10), xlabel=xlabel, ylabel="digit")
+    axis.grid(False)
     save(figure, path)
 
 

@@ -1,0 +1,142 @@
+"""Each metric against a value known in closed form or computed by brute force."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from models.classifier import Classifier
+from tests.conftest import ROOT
+from utils import metrics
+from utils.data import binarize, load_mnist
+
+
+def test_frechet_distance_of_gaussians():
+    """|m_1 - m_2|^2 + sum_j (s_1j - s_2j)^2 for diagonal covariances, and zero for equal samples."""
+    torch.manual_seed(0)
+    a = torch.randn(200_000, 3).double()
+    # Moments exactly 0 and I, then exactly those wanted.
+    a = (a - a.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(a.T.cov())).T
+    scale, shift = torch.tensor([1.0, 2.0, 0.5]).double(), torch.tensor([3.0, 0.0, -1.0]).double()
+    assert metrics.frechet_distance(a, a * scale + shift) == pytest.approx(10 + 0 + 1 + 0.25, rel=1e-6)
+    assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    rotation = torch.linalg.qr(torch.randn(3, 3).double()).Q
+    turned = metrics.frechet_distance(a @ rotation, (a * scale + shift) @ rotation)
+    assert turned == pytest.approx(11.25, rel=1e-6)
+
+
+def test_frechet_distance_of_correlated_gaussians_by_matrix_square_root():
+    a, b = torch.randn(500, 4).double() @ torch.randn(4, 4).double(), torch.randn(400, 4).double()
+    cov_a, cov_b = np.cov(a.numpy().T), np.cov(b.numpy().T)
+    root = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).astype(complex)).real.sum()
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum().item() + np.trace(cov_a) + np.trace(cov_b) - 2 * root
+    assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
+
+
+def test_classifier_score_in_closed_form():
+    sure = torch.eye(10).double().repeat(5, 1)
+    assert metrics.classifier_score(sure) == pytest.approx(10)
+    assert metrics.classifier_score(sure[:1].repeat(7, 1)) == pytest.approx(1)
+    assert metrics.classifier_score(torch.full((6, 10), 0.1).double()) == pytest.approx(1)
+    two = torch.tensor([[0.75, 0.25], [0.25, 0.75]]).double()
+    assert metrics.classifier_score(two) == pytest.approx(
+        math.exp(math.log(2) + 0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    )
+
+
+def test_digit_shares():
+    shares = metrics.digit_shares(torch.tensor([0, 0, 3, 9]))
+    assert shares.tolist() == [0.5, 0, 0, 0.25, 0, 0, 0, 0, 0, 0.25]
+
+
+def brute_force_neighbours(samples, real, k):
+    def radius(points, i):
+        return sorted(math.dist(points[i], other) for j, other in enumerate(points) if j != i)[k - 1]
+
+    real_radii = [radius(real, i) for i in range(len(real))]
+    sample_radii = [radius(samples, i) for i in range(len(samples))]
+    inside = [[math.dist(r, s) <= radius for s in samples] for r, radius in zip(real, real_radii)]
+    return dict(
+        precision=sum(any(row[j] for row in inside) for j in range(len(samples))) / len(samples),
+        recall=sum(any(math.dist(r, s) <= radius for s, radius in zip(samples, sample_radii)) for r in real)
+        / len(real),
+        density=sum(map(sum, inside)) / (k * len(samples)),
+        coverage=sum(map(any, inside)) / len(real),
+    )
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_neighbour_metrics_by_brute_force(k, monkeypatch):
+    monkeypatch.setattr(metrics, "CHUNK", 7)
+    samples, real = torch.randn(31, 3).double() + 0.7, torch.randn(40, 3).double()
+    expected = brute_force_neighbours(samples.tolist(), real.tolist(), k)
+    assert metrics.neighbour_metrics(samples, real, k) == pytest.approx(expected)
+    assert 0 < expected["coverage"] < 1 and 0 < expected["recall"] < 1
+
+
+def test_neighbour_metrics_of_disjoint_and_collapsed_samples():
+    real = torch.randn(100, 3).double()
+    far = metrics.neighbour_metrics(real + 100, real)
+    assert far == dict(precision=0, recall=0, density=0, coverage=0)
+    collapsed = metrics.neighbour_metrics(real[:1] + 1e-3 * torch.randn(100, 3).double(), real)
+    assert collapsed["precision"] > 0.9 and collapsed["recall"] < 0.1 and collapsed["coverage"] < 0.2
+
+
+def test_parzen_window_by_hand():
+    """log mean_i N(x; c_i, sigma^2 I), and the width that suits the validation images."""
+    centres, x = torch.rand(6, 4), torch.rand(5, 4)
+    window = torch.distributions.MixtureSameFamily(
+        torch.distributions.Categorical(torch.ones(6)),
+        torch.distributions.Independent(torch.distributions.Normal(centres, 0.3), 1),
+    )
+    expected = window.log_prob(x)
+    mean, error, sigma = metrics.parzen_log_likelihood(centres, x, x, sigmas=[0.3])
+    assert mean == pytest.approx(expected.mean().item(), rel=1e-5) and sigma == 0.3
+    assert error == pytest.approx((expected.std() / 5**0.5).item(), rel=1e-4)
+    tight = torch.zeros(200, 4)
+    validation = 0.2 * torch.randn(500, 4)
+    # Draws of N(0, 0.2^2) around one centre: the likeliest of the widths is theirs.
+    assert metrics.parzen_log_likelihood(tight, x, validation, sigmas=[0.1, 0.2, 0.4])[2] == 0.2
+
+
+def test_nearest_by_brute_force(monkeypatch):
+    monkeypatch.setattr(metrics, "CHUNK", 3)
+    samples, images = torch.rand(8, 1, 4, 4), torch.rand(20, 1, 4, 4)
+    expected = [min(range(20), key=lambda j: (s - images[j]).square().sum().item()) for s in samples]
+    assert metrics.nearest(samples, images).tolist() == expected
+
+
+def test_classifier_is_as_good_as_it_says():
+    _, (images, labels) = load_mnist(ROOT / "data")
+    stated = json.loads((metrics.CLASSIFIER_FOLDER / "metrics.json").read_text())
+    for how in ("none", "threshold", "stochastic"):
+        x = binarize(images[:2000], how, torch.Generator().manual_seed(1))
+        accuracy = (metrics.classify(x) == labels[:2000]).double().mean().item()
+        assert accuracy == pytest.approx(stated[f"accuracy_{how}"]["value"], abs=0.01)
+        assert stated[f"accuracy_{how}"]["value"] >= 0.992
+
+
+def test_judge_takes_a_tensor_of_images():
+    """Test images judged against test images are as good as can be, noise and a single digit are not."""
+    _, (images, labels) = load_mnist(ROOT / "data")
+    digits = images[:1000].float() / 255
+    good, noise = metrics.judge(digits), metrics.judge(torch.rand(1000, 1, 28, 28))
+    ones = metrics.judge(images[labels == 1][:1000].float() / 255)
+    value = {name: [each[name]["value"] for each in (good, ones, noise)] for name in good}
+    assert value["precision"][0] == 1 and value["precision"][2] < 0.05
+    assert value["frechet_distance"][0] < value["frechet_distance"][1] < value["frechet_distance"][2]
+    assert value["classifier_score"][0] > 9.5 and value["classifier_score"][1] < 1.2
+    assert value["largest_share"][1] > 0.98 and value["smallest_share"][1] < 0.01
+    assert value["parzen"][0] > value["parzen"][1] > value["parzen"][2]
+    assert all(entry["unit"] and entry["formula"] and entry["samples"] == 1000 for entry in good.values())
+    assert good["coverage"]["floor"] > 0.9
+
+
+def test_features_do_not_depend_on_the_batch():
+    classifier = Classifier().eval()
+    x = torch.rand(5, 1, 28, 28)
+    together, _ = metrics._features(x, classifier)
+    apart = torch.cat([metrics._features(each, classifier)[0] for each in x.split(1)])
+    assert torch.allclose(together, apart, atol=1e-5)

@@ -9,6 +9,8 @@ import sys
 import pytest
 import torch
 
+import hw2_step1_main as step1
+import hw2_step2_main as step2
 from models.AR import PixelCNN
 from tests.conftest import ROOT
 from utils import parallel
@@ -75,15 +77,14 @@ def test_resume_of_two_processes(tmp_path):
     assert losses(cut) == pytest.approx(losses(tmp_path / "whole"), rel=1e-6)
 
 
-def test_what_is_not_for_several_processes_is_refused(tmp_path):
-    for command in (
-        ["hw2_step1_main.py", "--dry-run"],
-        ["hw2_step2_main.py", "--minutes", "1"],
-        ["hw2_step2_main.py", "--ablation"],
-    ):
-        done = torchrun(*command, "--out-dir", tmp_path / "out")
-        assert done.returncode != 0 and "start" in done.stderr and "python" in done.stderr
-        assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize(
+    "module, flags", [(step1, ["--dry-run"]), (step2, ["--minutes", 1]), (step2, ["--ablation"])]
+)
+def test_what_is_not_for_several_processes_is_refused(module, flags, call_step, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")  # as torchrun does
+    done = call_step(module, *flags, "--out-dir", tmp_path / "out")
+    assert done.returncode == 2 and "with python, not with torchrun" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_process_needs_no_torchrun():

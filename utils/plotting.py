@@ -12,6 +12,7 @@ from utils.runs import write_atomically
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (the backend has to be chosen first)
 from matplotlib.colors import ListedColormap, LogNorm  # noqa: E402
+from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 # Okabe & Ito, "Color Universal Design", 2008.
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -63,6 +64,7 @@ def save_curves(path, x, panels, xlabel="epoch", smooth=1):
         for color, (label, height) in zip(COLORS if len(references) > 1 else ["black"], references.items()):
             axis.axhline(height, color=color, linestyle="--", linewidth=1, label=label)
         axis.set(xlabel=xlabel, ylabel=ylabel)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.legend(fontsize=8)
     save(figure, path)
 
@@ -100,7 +102,7 @@ def draw_images(images, columns, row_labels=(), title="", scale=0.4, axis=None):
 def save_side_by_side(path, grids, columns):
     """Grids of images beside one another, `grids` mapping the title of each to its images."""
     rows = -(-max(map(len, grids.values())) // columns)
-    figure, axes = plt.subplots(1, len(grids), figsize=(len(grids) * (columns * 0.4 + 0.2), rows * 0.4 + 0.3))
+    figure, axes = plt.subplots(1, len(grids), figsize=(len(grids) * (columns * 0.4 + 0.2), rows * 0.4 + 0.5))
     for axis, (title, images) in zip(axes, grids.items()):
         draw_images(images, columns, title=title, axis=axis)
     save(figure, path)

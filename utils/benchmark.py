@@ -1,7 +1,7 @@
 """What the bundle's speed rests on, measured against the usual way: `python -m utils.benchmark`.
 
 The two ways of feeding a training are timed in turn, several rounds; drawing images once each way, because
-the plain loop takes a minute. The ratios are what counts: seconds depend on the machine and on what else it
+the plain loop takes minutes. The ratios are what counts: seconds depend on the machine and on what else it
 does.
 """
 

@@ -42,39 +42,35 @@ def judge(images, pixels="none", held_out=False, data_dir=runs.ROOT / "data"):
     floors = {} if held_out else _floors().get(pixels, {})
     return {
         name: runs.metric(
-            value, UNITS[name], FORMULAS[name], samples=len(images), against=against, floor=floors.get(name)
+            value, *DESCRIPTIONS[name], samples=len(images), against=against, floor=floors.get(name)
         )
         for name, value in values.items()
     }
 
 
-UNITS = dict(
-    frechet_distance="squared features",
-    classifier_score="effective digits, 1 to 10",
-    largest_share="share of samples",
-    smallest_share="share of samples",
-    share_distance="total variation, 0 to 0.9",
-    precision="share of samples",
-    recall="share of real images",
-    density="ratio",
-    coverage="share of real images",
-    parzen="nats per image",
-    parzen_error="nats per image",
-    parzen_sigma="pixel intensity",
-)
-FORMULAS = dict(
-    frechet_distance="|m_s - m_r|^2 + tr(C_s + C_r - 2 (C_s C_r)^(1/2)) of the classifier's features",
-    classifier_score="exp(mean KL(p(y|x) || p(y)))",
-    largest_share="share of the most frequent digit, by the classifier",
-    smallest_share="share of the rarest digit, by the classifier",
-    share_distance="1/2 sum_y |share_y - 1/10|",
-    precision=f"samples within the ball of a real image, to its neighbour no. {NEIGHBOURS}, in features",
-    recall=f"real images within the ball of a sample, to its neighbour no. {NEIGHBOURS}, in features",
-    density=f"balls of real images around a sample / {NEIGHBOURS}, mean over samples",
-    coverage="real images with a sample in their ball",
-    parzen="mean log-density under Gaussians of width sigma at the samples",
-    parzen_error="standard error of the Parzen log-likelihood's mean",
-    parzen_sigma="of logspace(-1, 0, 10), the best on held-out training images",
+# Unit and formula of each metric.
+DESCRIPTIONS = dict(
+    frechet_distance=(
+        "squared features",
+        "|m_s - m_r|^2 + tr(C_s + C_r - 2 (C_s C_r)^(1/2)) of the classifier's features",
+    ),
+    classifier_score=("effective digits, 1 to 10", "exp(mean KL(p(y|x) || p(y)))"),
+    largest_share=("share of samples", "share of the most frequent digit, by the classifier"),
+    smallest_share=("share of samples", "share of the rarest digit, by the classifier"),
+    share_distance=("total variation, 0 to 0.9", "1/2 sum_y |share_y - 1/10|"),
+    precision=(
+        "share of samples",
+        f"samples within the ball of a real image, to its neighbour no. {NEIGHBOURS}, in features",
+    ),
+    recall=(
+        "share of real images",
+        f"real images within the ball of a sample, to its neighbour no. {NEIGHBOURS}, in features",
+    ),
+    density=("ratio", f"balls of real images around a sample / {NEIGHBOURS}, mean over samples"),
+    coverage=("share of real images", "real images with a sample in their ball"),
+    parzen=("nats per image", "mean log-density under Gaussians of width sigma at the samples"),
+    parzen_error=("nats per image", "standard error of the Parzen log-likelihood's mean"),
+    parzen_sigma=("pixel intensity", "of logspace(-1, 0, 10), the best on held-out training images"),
 )
 
 

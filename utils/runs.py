@@ -148,7 +148,8 @@ def choose_options(parser, args, defaults, variants):
     options = {**defaults, **changes, **flags}
     if args.dry_run:
         options["num_epochs"] = min(options["num_epochs"], DRY_RUN_EPOCHS)
-        options.update({key: None for key in ("minutes",) if key in options})
+        if "minutes" in options:
+            options["minutes"] = None
     return options
 
 

@@ -104,15 +104,22 @@ def distort(images, share):
     The angle is normal with standard deviation 0.1 (6 degrees), the shear likewise; the scales are log-normal
     with 0.07. The random numbers are drawn on the CPU, so that every device gets the same.
     """
-    chosen = (torch.rand(len(images)) < share).float()
-    angle, shear, log_width, log_height = chosen * torch.randn(4, len(images))
+    chosen = torch.rand(len(images)) < share
+    angle, shear, log_width, log_height = torch.randn(4, len(images))[:, chosen]
+    if not len(angle):
+        return images
     angle, shear = 0.1 * angle, 0.1 * shear
     width, height = (0.07 * log_width).exp(), (0.07 * log_height).exp()
-    zero = torch.zeros(len(images))
+    zero = torch.zeros_like(angle)
     row_x = torch.stack([width * angle.cos(), shear - width * angle.sin(), zero], 1)
     row_y = torch.stack([height * angle.sin(), height * angle.cos(), zero], 1)
-    grid = F.affine_grid(torch.stack([row_x, row_y], 1).to(images.device), images.shape, align_corners=False)
-    return F.grid_sample(images.float(), grid, align_corners=False).round().to(torch.uint8)
+    originals = images[chosen].float()
+    grid = F.affine_grid(
+        torch.stack([row_x, row_y], 1).to(images.device), originals.shape, align_corners=False
+    )
+    images = images.clone()
+    images[chosen] = F.grid_sample(originals, grid, align_corners=False).round().to(torch.uint8)
+    return images
 
 
 def _verified(path, md5):

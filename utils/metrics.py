@@ -97,6 +97,7 @@ def compare(samples, real, sigma_images, classifier):
 # The classifier
 
 
+@functools.cache
 def load_classifier(device="cpu"):
     """The trained digit classifier, in eval mode."""
     return runs.load_network(CLASSIFIER_FOLDER / "model.pt", (CLASSIFIER_STEP,), Classifier, device)

@@ -577,12 +577,12 @@ class Run:
 def has_bfloat16_units(device):
     """Whether the device multiplies matrices in bfloat16 faster than in single precision.
 
-    GPUs since Ampere and CPUs with AMX do; the latter are known from the torch version on that can tell.
+    GPUs since Ampere and CPUs with AMX or AVX512-BF16 do; the latter are known from the torch version on that can tell.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return device.type == "cpu" and capabilities.get("amx_bf16", False)
+    return device.type == "cpu" and any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
 
 
 def hardware(device):

@@ -51,7 +51,6 @@ ARCHITECTURE = dict(
 
 DEFAULTS = dict(
     num_epochs=18,  # passes over the 60,000 training images
-    minutes=None,  # train for so long instead, whatever the number of epochs
     batch_size=32,  # a quarter of the handout's, so four times its steps in an epoch
     learning_rate=3e-3,  # peak, reached after the warm-up and falling to zero at the end
     warm_up=200,  # steps in which the learning rate rises
@@ -351,9 +350,6 @@ def main():
         "--binarize",
         choices=["threshold", "stochastic"],
         help=f"how pixels become binary ({DEFAULTS['binarize']})",
-    )
-    parser.add_argument(
-        "--minutes", type=runs.positive, help="train for so long instead of a number of epochs"
     )
     args = parser.parse_args()
     options = runs.choose_options(parser, args, DEFAULTS, VARIANTS)

@@ -18,7 +18,16 @@ import hw2_step3_main as step3
 from tests.conftest import ROOT
 from utils import runs
 
-COMMON = {"config.json", "metrics.json", "losses.csv", "loss.png", "samples.png", "model.pt", "checkpoint.pt"}
+COMMON = {
+    "config.json",
+    "metrics.json",
+    "losses.csv",
+    "loss.png",
+    "samples.png",
+    "model.pt",
+    "checkpoint.pt",
+    ".lock",
+}
 PIXELCNN_FIGURES = {"completions.png", "nll_map.png", "nll_digits.png", "receptive_field.png"}
 STEPS = {
     "gan": ("hw2_step1_main.py", [], {"samples_by_epoch.png"}, step1.load_model),
@@ -268,11 +277,11 @@ def test_default_folders_and_flags(call_step):
     )
     common = (
         "--epochs --batch-size --seed --device --data-dir --out-dir --dry-run --resume --sample-only --variant "
-        "--list-variants --ablation --seeds --held-out"
+        "--list-variants --ablation --seeds --held-out --minutes"
     ).split()
     for module, own in (
         (step1, ["--d-freq"]),
-        (step2, ["--conditional", "--digit", "--binarize", "--minutes"]),
+        (step2, ["--conditional", "--digit", "--binarize"]),
         (step3, ["--kl-coeff", "--latent-dim"]),
     ):
         printed = call_step(module, "--help").stdout
@@ -291,6 +300,24 @@ def test_resume_with_other_hyperparameters_is_refused(flags, call_step, trained)
     before = (trained / "checkpoint.pt").read_bytes(), (trained / "config.json").read_bytes()
     assert_refused(call_step(step3, "--dry-run", "--resume", *flags, "--out-dir", trained), "same flags")
     assert before == ((trained / "checkpoint.pt").read_bytes(), (trained / "config.json").read_bytes())
+
+
+def test_a_second_run_into_the_same_folder_is_refused(call_step, trained):
+    before = {path.name: path.read_bytes() for path in trained.iterdir()}
+    held = runs.lock(trained)
+    assert_refused(call_step(step3, "--dry-run", "--out-dir", trained), "another run writes into")
+    assert before == {path.name: path.read_bytes() for path in trained.iterdir()}
+    held.close()
+    runs.lock(trained)
+
+
+def test_a_csv_is_read_as_it_was_written(tmp_path):
+    table = {"name": ["a", "b"], "value": [0.5, None], "count": [3, 4]}
+    runs.write_csv(tmp_path / "table.csv", table)
+    assert runs.read_csv(tmp_path / "table.csv") == [
+        {"name": "a", "value": 0.5, "count": 3.0},
+        {"name": "b", "value": None, "count": 4.0},
+    ]
 
 
 @pytest.fixture(scope="module")

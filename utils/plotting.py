@@ -136,8 +136,8 @@ def save_receptive_field(path, sensitivity, pixel):
     spot, have the second colour of the palette.
     """
     height, width = sensitivity.shape
-    earlier = torch.arange(height * width).view(height, width) < pixel[0] * width + pixel[1]
-    values = sensitivity.cpu()
+    earlier = np.arange(height * width).reshape(height, width) < pixel[0] * width + pixel[1]
+    values = sensitivity.cpu().numpy()
     seen = np.ma.masked_where(~earlier | (values == 0), values)
     blind = np.ma.masked_where(~earlier | (values != 0), np.ones_like(values))
     figure, axis = plt.subplots(figsize=(4.6, 3.4))

@@ -3,6 +3,7 @@
 import argparse
 import csv
 import ctypes
+import errno
 import io
 import json
 import math
@@ -23,6 +24,16 @@ import torchvision
 from tqdm import tqdm
 
 from utils import parallel
+
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows
+    fcntl = resource = None
+try:
+    import msvcrt
+except ImportError:  # every other system
+    msvcrt = None
 
 ROOT = Path(__file__).resolve().parent.parent
 DRY_RUN_BATCHES = 3
@@ -90,6 +101,7 @@ def make_parser(description, defaults):
         type=whole_number(1),
         help=f"passes over the data ({defaults['num_epochs']})",
     )
+    add("--minutes", type=positive, metavar="M", help="train for so long instead of a number of epochs")
     add("--batch-size", type=whole_number(1), help=f"images of a training batch ({defaults['batch_size']})")
     add("--seed", type=whole_number(0), default=0, help="of every random number (0)")
     add(
@@ -148,8 +160,7 @@ def choose_options(parser, args, defaults, variants):
     options = {**defaults, **changes, **flags}
     if args.dry_run:
         options["num_epochs"] = min(options["num_epochs"], DRY_RUN_EPOCHS)
-        if "minutes" in options:
-            options["minutes"] = None
+        args.minutes = None
     return options
 
 
@@ -234,6 +245,45 @@ def write_csv(path, table):
             "" if value is None else f"{value:.6g}" if isinstance(value, float) else value for value in row
         )
     write_atomically(path, text.getvalue().encode())
+
+
+def read_csv(path):
+    """The rows of a file of `write_csv`, as dicts; numbers are floats, empty cells None."""
+
+    def value(text):
+        try:
+            return float(text) if text else None
+        except ValueError:
+            return text
+
+    with open(path, newline="") as file:
+        return [{key: value(text) for key, text in row.items()} for row in csv.DictReader(file)]
+
+
+def lock(folder):
+    """Hold the folder for this process, until it ends in whatever way; the open file is the lock.
+
+    Raises:
+        UserError: another run holds it, or it cannot be written into.
+    """
+    try:
+        file = open(folder / ".lock", "a")
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written into ({error.strerror}): name another --out-dir"
+        ) from None
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        elif msvcrt:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            raise UserError(
+                f"another run writes into {folder}: wait for it, or name another --out-dir"
+            ) from None
+        # A file system without locks, as some that are mounted over a network.
+    return file
 
 
 def save_tensors(path, content):
@@ -342,7 +392,7 @@ class Run:
         self.step, self.args, self.options = step, args, options
         self.device = find_device(args.device)
         if parallel.launched():
-            if not several_processes or options["minutes"]:
+            if not several_processes or args.minutes:
                 raise UserError("this trains in one process alone: start it with python, not with torchrun")
             self.device = parallel.join(self.device)
         self.folder = run_folder(results_folder(step, args), args.variant)
@@ -379,6 +429,8 @@ class Run:
             raise UserError(
                 f"the folder {self.folder} cannot be made ({error.strerror}): name another --out-dir"
             ) from None
+        if parallel.is_first():
+            self._lock = lock(self.folder)
         write_json(self.folder / "config.json", self._config())
         if not self.args.resume:
             self._save()
@@ -386,7 +438,7 @@ class Run:
     def epochs(self, num_epochs):
         """Numbers of the epochs still to do, from 1; saves the checkpoint and losses.csv after each.
 
-        With the option `minutes` it goes on until they are over, whatever `num_epochs`, and cuts the last short.
+        With `--minutes` it goes on until they are over, whatever `num_epochs`, and cuts the last short.
         """
         previous = signal.signal(signal.SIGINT, self._on_interrupt)
         try:
@@ -417,12 +469,12 @@ class Run:
                 yield batch
                 self.batch = index + 1
                 self._stop_if_interrupted(save=True)
-                if self.options.get("minutes") and self.share_done() >= 1:
+                if self.args.minutes and self.share_done() >= 1:
                     break
 
     def share_done(self, share_of_epochs=0.0):
-        """How much of the training is done, by its epochs, or by its time with the option `minutes`."""
-        minutes = self.options.get("minutes")
+        """How much of the training is done, by its epochs, or by its time with `--minutes`."""
+        minutes = self.args.minutes
         return self.elapsed() / (60 * minutes) if minutes else share_of_epochs
 
     def elapsed(self):
@@ -430,9 +482,7 @@ class Run:
         return self.seconds + time.perf_counter() - self._started
 
     def _title(self, epoch):
-        return (
-            f"epoch {epoch}" if self.options.get("minutes") else f"epoch {epoch}/{self.options['num_epochs']}"
-        )
+        return f"epoch {epoch}" if self.args.minutes else f"epoch {epoch}/{self.options['num_epochs']}"
 
     def _stop_if_interrupted(self, save=False):
         """Stop after Ctrl-C in any of the processes, all of them after the same batch."""
@@ -475,10 +525,10 @@ class Run:
         for name, value in row.items():
             self.history.setdefault(name, []).append(value)
 
-    def say(self, epoch, **values):
-        """One line about an epoch."""
+    def say(self, epoch, *remarks, **values):
+        """One line about an epoch, its remarks at the end."""
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if value is not None)
-        print(f"{self._title(epoch)}  {shown}  {self.elapsed():.0f} s", flush=True)
+        print(f"{self._title(epoch)}  {shown}  {self.elapsed():.0f} s", *remarks, sep="  ", flush=True)
 
     def finish(self, **metrics):
         """Write losses.csv and metrics.json, the figures with the wall time of the training."""
@@ -492,6 +542,9 @@ class Run:
         metrics["speed"] = metric(
             self.images_seen / self.seconds, "training images per second", "images seen / wall time"
         )
+        metrics["peak_memory"] = metric(
+            peak_memory(), "MiB", "largest resident memory of the process", hardware=hardware(self.device)
+        )
         write_json(self.folder / "metrics.json", metrics)
         print(f"results in {self.folder}")
 
@@ -503,6 +556,7 @@ class Run:
             "dry_run": self.args.dry_run,
             "evaluated_on": "last 10,000 training images" if self.args.held_out else "test images",
             "seed": self.args.seed,
+            "minutes": self.args.minutes,
             "processes": parallel.num_processes(),
             "device": str(self.device),
             "hardware": hardware(self.device),
@@ -516,7 +570,7 @@ class Run:
 
     def _identity(self):
         """What a checkpoint must share with the run that resumes it."""
-        flags = {key: getattr(self.args, key) for key in ("seed", "dry_run", "held_out")}
+        flags = {key: getattr(self.args, key) for key in ("seed", "minutes", "dry_run", "held_out")}
         return {**self.options, **flags}
 
     def _save(self):
@@ -583,6 +637,14 @@ def has_bfloat16_units(device):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     return device.type == "cpu" and any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
+
+
+def peak_memory():
+    """The largest resident memory that this process has had, in MiB; None where the system does not say."""
+    if not resource:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def hardware(device):

@@ -45,7 +45,8 @@ ARCHITECTURE = dict(
     kernel_size=7,  # of the type-B layers
     head_channels=64,  # feature maps between the two 1 x 1 layers
     activation="hardswish",  # smooth where ReLU has its corner, and as cheap
-    residual=True,  # each type-B layer adds to its input
+    block="residual",  # each type-B layer adds to its input
+    dropout=0.0,  # distorted images regularise better
     positional=True,  # a learned vector for each position, as digits are centred
 )
 
@@ -62,11 +63,15 @@ DEFAULTS = dict(
 )
 
 VARIANTS = {
-    "plain": ("what do the residual connections do?", dict(residual=False, learning_rate=1e-3)),
+    "plain": ("what do the residual connections do?", dict(block="plain", learning_rate=1e-3)),
+    "bottleneck": ("residual blocks as in the paper?", dict(block="bottleneck", channels=64, num_layers=12)),
+    "gated": ("do gates earn their cost?", dict(block="gated", channels=24)),
     "relu": ("does the smooth activation matter?", dict(activation="relu")),
     "first-7": ("does the wide first layer matter?", dict(first_kernel_size=7)),
     "no-position": ("does it help to know where in the image one is?", dict(positional=False)),
     "undistorted": ("do distorted training images help?", dict(distorted=0.0)),
+    "distorted-throughout": ("does the end of the training need them too?", dict(distorted_until=1.0)),
+    "dropout": ("does dropout regularise as well?", dict(distorted=0.0, dropout=0.1)),
     "5x5": ("narrower kernels in more layers?", dict(kernel_size=5, num_layers=12)),
     "9x9": ("wider kernels in fewer layers?", dict(kernel_size=9, num_layers=6)),
     "wide": ("more channels in fewer layers?", dict(channels=64, num_layers=4, learning_rate=2e-3)),

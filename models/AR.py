@@ -7,12 +7,14 @@ PixelCNN Decoders", arXiv 1606.05328).
 """
 
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 IMAGE_SHAPE = (1, 28, 28)
+BLOCKS = ("plain", "residual", "bottleneck", "gated")
 
 
 class MaskedConv2d(nn.Conv2d):
@@ -77,15 +79,19 @@ class ConditionalMaskedConv2d(MaskedConv2d):
 class PixelCNN(nn.Module):
     """Logits of every pixel given the pixels before it.
 
-    A type-A layer, `num_layers` type-B layers and two 1 x 1 layers; with `residual`, each of the middle
-    layers adds to its input (2016a, section 3.3, without the bottleneck), otherwise it replaces it.
+    A type-A layer, `num_layers` blocks around a type-B layer each, and two 1 x 1 layers.
 
     Args:
-        channels: feature maps of every layer but the last two.
+        block: what a block makes of its input h: 'plain' replaces it with layer(h); 'residual' gives h + layer(h);
+            'bottleneck' is residual with the layer at half the channels, between two 1 x 1 layers (2016a, section
+            3.3, fig. 5); 'gated' is residual with a sigmoid gate on each feature map (2016b, Eq. 2, with a linear
+            map in place of the tanh). Anything else raises ValueError.
+        channels: feature maps between the blocks.
         first_kernel_size, kernel_size: of the type-A layer and of the type-B layers between it and the last
             two; odd.
         head_channels: feature maps between the two 1 x 1 layers.
-        activation: name of the nonlinearity in `torch.nn.functional`.
+        activation: name of the nonlinearity in `torch.nn.functional`, before each layer but the first.
+        dropout: probability with which each feature in a block is dropped in training.
         positional: add a learned vector for each position of a 28 x 28 image to the type-A layer's output;
             positions beyond it in a larger image share the vector of the nearest one.
         conv: the class of the masked layers.
@@ -99,20 +105,30 @@ class PixelCNN(nn.Module):
         kernel_size=7,
         head_channels=64,
         activation="hardswish",
-        residual=True,
+        block="residual",
+        dropout=0.0,
         positional=True,
         conv=MaskedConv2d,
     ):
+        if block not in BLOCKS:
+            raise ValueError(f"block is one of {', '.join(BLOCKS)}, not {block!r}")
         super().__init__()
-        self.residual = residual
+        self.block, self.dropout = block, dropout
         self.activation = getattr(F, activation)
         self.first = conv("A", 1, channels, first_kernel_size, padding=first_kernel_size // 2)
         self.position = nn.Parameter(torch.zeros(channels, *IMAGE_SHAPE[1:])) if positional else None
-        same = dict(kernel_size=kernel_size, padding=kernel_size // 2)
-        self.layers = nn.ModuleList(conv("B", channels, channels, **same) for _ in range(num_layers))
-        self.head = nn.ModuleList(
-            [conv("B", channels, head_channels, kernel_size=1), conv("B", head_channels, 1, kernel_size=1)]
-        )
+
+        def masked(in_channels, out_channels, size=kernel_size):
+            return conv("B", in_channels, out_channels, size, padding=size // 2)
+
+        def layers():
+            if block == "bottleneck":
+                half = channels // 2
+                return [masked(channels, half, 1), masked(half, half), masked(half, channels, 1)]
+            return [masked(channels, 2 * channels if block == "gated" else channels)]
+
+        self.blocks = nn.ModuleList(nn.ModuleList(layers()) for _ in range(num_layers))
+        self.head = nn.ModuleList([masked(channels, head_channels, 1), masked(head_channels, 1, 1)])
 
     def forward(self, x):
         """(N, 1, H, W) images in {0, 1} -> (N, 1, H, W) logits."""
@@ -146,9 +162,13 @@ class PixelCNN(nn.Module):
         """
         h = apply(self.first, x)
         h = h + offset.to(h.dtype)  # under autocast the features stay in bfloat16
-        for layer in self.layers:
-            update = apply(layer, self.activation(h))
-            h = h + update if self.residual else update
+        for block in self.blocks:
+            update = h
+            for layer in block:
+                update = apply(layer, F.dropout(self.activation(update), self.dropout, self.training))
+            if self.block == "gated":
+                update = F.glu(update, dim=1)
+            h = update if self.block == "plain" else h + update
         for layer in self.head:
             h = apply(layer, self.activation(h))
         return h
@@ -164,7 +184,7 @@ class PixelCNN(nn.Module):
         generator = generator or torch.Generator().manual_seed(0)
         # x = [logit(u) < logit(p)] with uniform u is a draw of Bernoulli(p).
         thresholds = torch.rand(images.shape, generator=generator).logit().to(images)
-        layers = [self.first, *self.layers, *self.head]
+        layers = [self.first, *chain(*self.blocks), *self.head]
         caches = {layer: _LayerCache(layer, images, layer.constant(*y)) for layer in layers} if cached else {}
         for row in range(height):
             for cache in caches.values():

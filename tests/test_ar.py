@@ -16,7 +16,9 @@ from utils.data import binarize
 SMALL = dict(num_layers=2, channels=5, head_channels=7, first_kernel_size=5)
 ARCHITECTURES = [
     dict(),
-    dict(residual=False, activation="relu", positional=False),
+    dict(block="plain", activation="relu", positional=False),
+    dict(block="bottleneck", channels=6),
+    dict(block="gated", dropout=0.5),
     dict(first_kernel_size=27, activation="gelu"),
     dict(kernel_size=3, num_layers=3),
     dict(kernel_size=5, num_layers=0),
@@ -115,6 +117,11 @@ def test_defaults_are_those_of_the_reported_run():
     assert {key: parameters[key].default for key in step2.ARCHITECTURE} == step2.ARCHITECTURE
 
 
+def test_unknown_blocks_are_refused():
+    with pytest.raises(ValueError, match="block"):
+        PixelCNN(block="dense")
+
+
 def test_signatures():
     plain = ["self", "mask_type", "in_channels", "out_channels", "kernel_size", "stride", "padding", "bias"]
     assert list(inspect.signature(MaskedConv2d.__init__).parameters) == plain
@@ -128,7 +135,7 @@ def test_label_reaches_every_masked_layer():
     assert all(isinstance(module, ConditionalMaskedConv2d) for module in masked)
     y = F.one_hot(torch.tensor([1, 8]), 10).float()
     network(torch.rand(2, 1, 28, 28), y).square().sum().backward()
-    assert len(masked) == len(network.layers) + 3
+    assert len(masked) == len(network.blocks) + 3
     for module in masked:
         assert (module.class_emb.weight.grad[:, [1, 8]] != 0).any()
         assert (module.class_emb.weight.grad[:, [0, 2, 3, 4, 5, 6, 7, 9]] == 0).all()

@@ -245,15 +245,25 @@ def variants(script):
 
 
 def source(path, name, root=ROOT):
-    """The text of a function or class."""
+    """The text of a function or class, without its docstrings."""
     try:
         text = (root / path).read_text()
     except FileNotFoundError:
         raise Missing(f"there is no {root / path}") from None
     for node in ast.parse(text).body:
         if getattr(node, "name", None) == name:
-            return ast.get_source_segment(text, node)
+            return _without_docstrings(text.splitlines(), node)
     raise Missing(f"{path} has no {name}")
+
+
+def _without_docstrings(lines, node):
+    left_out = set()
+    for each in ast.walk(node):
+        if isinstance(each, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(each):
+            left_out |= set(range(each.body[0].lineno, each.body[0].end_lineno + 1))
+            if not lines[each.body[0].end_lineno].strip():  # the empty line after it
+                left_out.add(each.body[0].end_lineno + 1)
+    return "\n".join(lines[n - 1] for n in range(node.lineno, node.end_lineno + 1) if n not in left_out)
 
 
 # ---------------------------------------------------------------------------------------------------------

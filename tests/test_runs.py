@@ -70,9 +70,13 @@ def test_dry_run_writes_every_file_and_is_deterministic(name, run_step, tmp_path
         assert done.returncode == 0, done.stderr
         assert "epoch 1/2" in done.stdout and "epoch 2/2" in done.stdout
     folder = folders[0]
-    assert {path.name for path in folder.iterdir()} == COMMON | figures
+    assert {path.name for path in folder.iterdir() if path.suffix != ".pdf"} == COMMON | figures
     for path in folder.glob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG")
+    for path in folder.glob("*.pdf"):
+        content = path.read_bytes()
+        assert content.startswith(b"%PDF") and b"/Type3" not in content and path.with_suffix(".png").exists()
+    assert (folder / "loss.pdf").exists() and not (folder / "samples.pdf").exists()
     for path in folder.glob("*.pt"):
         torch.load(path, weights_only=True)
     config = json.loads((folder / "config.json").read_text())

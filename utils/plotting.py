@@ -32,12 +32,17 @@ plt.rcParams.update(
 )
 
 
-def save(figure, path):
-    """Write the figure and close it."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix[1:])
+def save(figure, path, vector=True):
+    """Write the figure and close it; with `vector` also a PDF beside it, which is what print takes."""
+    # Without its date the same figure is the same file.
+    for each, options in (
+        (path, {}),
+        (path.with_suffix(".pdf"), dict(dpi=300, metadata={"CreationDate": None})),
+    )[: 1 + vector]:
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=each.suffix[1:], **options)
+        write_atomically(each, buffer.getvalue())
     plt.close(figure)
-    write_atomically(path, buffer.getvalue())
 
 
 def save_curves(path, x, panels, xlabel="epoch", smooth=1):
@@ -56,7 +61,8 @@ def save_curves(path, x, panels, xlabel="epoch", smooth=1):
             known = np.isfinite(values)
             at, values = x[known], values[known]
             if smooth > 1 and len(values) > smooth:
-                axis.plot(at, values, color=color, alpha=0.15, linewidth=0.5)
+                # As pixels, also in the PDF: tens of thousands of points.
+                axis.plot(at, values, color=color, alpha=0.15, linewidth=0.5, rasterized=True)
                 values = np.convolve(values, np.ones(smooth) / smooth, mode="valid")
                 at = at[smooth - 1 :]
             axis.plot(at, values, color=color, label=label, marker="." if len(values) < 40 else None)
@@ -76,7 +82,7 @@ def save_images(path, images, columns, row_labels=(), title="", scale=0.4):
         row_labels: a label for each row, left of it.
         scale: inches per image.
     """
-    save(draw_images(images, columns, row_labels, title, scale), path)
+    save(draw_images(images, columns, row_labels, title, scale), path, vector=False)
 
 
 def draw_images(images, columns, row_labels=(), title="", scale=0.4, axis=None):
@@ -105,7 +111,7 @@ def save_side_by_side(path, grids, columns):
     figure, axes = plt.subplots(1, len(grids), figsize=(len(grids) * (columns * 0.4 + 0.2), rows * 0.4 + 0.5))
     for axis, (title, images) in zip(axes, grids.items()):
         draw_images(images, columns, title=title, axis=axis)
-    save(figure, path)
+    save(figure, path, vector=False)
 
 
 def save_scatter(path, points, labels, title):
@@ -114,9 +120,8 @@ def save_scatter(path, points, labels, title):
     palette = plt.get_cmap("tab10")
     for digit in range(10):
         chosen = points[labels == digit]
-        axis.scatter(
-            chosen[:, 0], chosen[:, 1], s=3, alpha=0.5, linewidths=0, color=palette(digit), label=digit
-        )
+        style = dict(s=3, alpha=0.5, linewidths=0, rasterized=True)
+        axis.scatter(chosen[:, 0], chosen[:, 1], color=palette(digit), label=digit, **style)
     axis.legend(title="digit", markerscale=4, loc="center left", bbox_to_anchor=(1, 0.5))
     axis.set(xlabel="$z_1$", ylabel="$z_2$", title=title, aspect="equal")
     save(figure, path)

@@ -14,6 +14,7 @@ from matplotlib import pyplot as plt  # noqa: E402  (the backend has to be chose
 from matplotlib.colors import ListedColormap, LogNorm  # noqa: E402
 from matplotlib.ticker import MaxNLocator  # noqa: E402
 
+WIDTH = 6.3  # inches between the report's margins; figures are drawn in the size in which it prints them
 # Okabe & Ito, "Color Universal Design", 2008.
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 plt.rcParams.update(
@@ -22,12 +23,14 @@ plt.rcParams.update(
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.grid": True,
+        "axes.titlesize": "medium",
         "grid.alpha": 0.25,
         "figure.constrained_layout.use": True,
-        "font.size": 10,
+        "font.size": 9,  # as the report's captions
+        "legend.fontsize": "medium",
         "legend.frameon": False,
         "pdf.fonttype": 42,
-        "savefig.dpi": 160,
+        "savefig.dpi": 300,
     }
 )
 
@@ -37,7 +40,7 @@ def save(figure, path, vector=True):
     # Without its date the same figure is the same file.
     for each, options in (
         (path, {}),
-        (path.with_suffix(".pdf"), dict(dpi=300, metadata={"CreationDate": None})),
+        (path.with_suffix(".pdf"), dict(metadata={"CreationDate": None})),
     )[: 1 + vector]:
         buffer = io.BytesIO()
         figure.savefig(buffer, format=each.suffix[1:], **options)
@@ -53,7 +56,7 @@ def save_curves(path, x, panels, xlabel="epoch", smooth=1):
             leave a gap; `references` maps labels to the height of a dashed horizontal line.
         smooth: width of the running mean; the raw values are then drawn faintly behind it.
     """
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.2), squeeze=False)
+    figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 2.6), squeeze=False)
     x = np.asarray(x, dtype=float)
     for axis, (ylabel, curves, references) in zip(axes[0], panels):
         for color, (label, values) in zip(COLORS, curves.items()):
@@ -71,11 +74,11 @@ def save_curves(path, x, panels, xlabel="epoch", smooth=1):
             axis.axhline(height, color=color, linestyle="--", linewidth=1, label=label)
         axis.set(xlabel=xlabel, ylabel=ylabel)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.legend(fontsize=8)
+        axis.legend()
     save(figure, path)
 
 
-def save_images(path, images, columns, row_labels=(), title="", scale=0.4):
+def save_images(path, images, columns, row_labels=(), title="", scale=0.3):
     """Grid of (N, 1, H, W) images in [0, 1], `columns` in a row, pixels as they are.
 
     Args:
@@ -85,7 +88,7 @@ def save_images(path, images, columns, row_labels=(), title="", scale=0.4):
     save(draw_images(images, columns, row_labels, title, scale), path, vector=False)
 
 
-def draw_images(images, columns, row_labels=(), title="", scale=0.4, axis=None):
+def draw_images(images, columns, row_labels=(), title="", scale=0.3, axis=None):
     """The grid of `save_images`, on `axis` or a figure of its own, which is returned."""
     rows = -(-len(images) // columns)
     grid = make_grid(images.detach().float().cpu(), nrow=columns, padding=2, pad_value=0.5)[0]
@@ -101,14 +104,15 @@ def draw_images(images, columns, row_labels=(), title="", scale=0.4, axis=None):
     if len(row_labels):
         axis.set_yticklabels(row_labels)
     axis.tick_params(length=0)
-    axis.set_title(title, fontsize=10)
+    axis.set_title(title)
     return figure
 
 
 def save_side_by_side(path, grids, columns):
     """Grids of images beside one another, `grids` mapping the title of each to its images."""
     rows = -(-max(map(len, grids.values())) // columns)
-    figure, axes = plt.subplots(1, len(grids), figsize=(len(grids) * (columns * 0.4 + 0.2), rows * 0.4 + 0.5))
+    height = WIDTH / len(grids) * rows / columns + 0.2
+    figure, axes = plt.subplots(1, len(grids), figsize=(WIDTH, height))
     for axis, (title, images) in zip(axes, grids.items()):
         draw_images(images, columns, title=title, axis=axis)
     save(figure, path, vector=False)
@@ -116,11 +120,11 @@ def save_side_by_side(path, grids, columns):
 
 def save_scatter(path, points, labels, title):
     """Points (N, 2) of the latent plane, coloured by digit, with a legend."""
-    figure, axis = plt.subplots(figsize=(5.6, 4.8))
+    figure, axis = plt.subplots(figsize=(3.6, 2.8))
     palette = plt.get_cmap("tab10")
     for digit in range(10):
         chosen = points[labels == digit]
-        style = dict(s=3, alpha=0.5, linewidths=0, rasterized=True)
+        style = dict(s=1.5, alpha=0.5, linewidths=0, rasterized=True)
         axis.scatter(chosen[:, 0], chosen[:, 1], color=palette(digit), label=digit, **style)
     axis.legend(title="digit", markerscale=4, loc="center left", bbox_to_anchor=(1, 0.5))
     axis.set(xlabel="$z_1$", ylabel="$z_2$", title=title, aspect="equal")
@@ -129,7 +133,7 @@ def save_scatter(path, points, labels, title):
 
 def save_map(path, values, label):
     """A number for each pixel, (H, W), as colours with a scale."""
-    figure, axis = plt.subplots(figsize=(4.2, 3.4))
+    figure, axis = plt.subplots(figsize=(3.0, 2.4))
     _draw_scale(figure, axis, axis.imshow(values.cpu(), cmap="cividis"), label)
     save(figure, path)
 
@@ -145,12 +149,12 @@ def save_receptive_field(path, sensitivity, pixel):
     values = sensitivity.cpu().numpy()
     seen = np.ma.masked_where(~earlier | (values == 0), values)
     blind = np.ma.masked_where(~earlier | (values != 0), np.ones_like(values))
-    figure, axis = plt.subplots(figsize=(4.6, 3.4))
+    figure, axis = plt.subplots(figsize=(3.6, 2.7))
     axis.imshow(blind, cmap=ListedColormap([COLORS[1]]))
     _draw_scale(figure, axis, axis.imshow(seen, norm=LogNorm(), cmap="cividis"), "mean |d logit / d pixel|")
     axis.plot(pixel[1], pixel[0], "x", color="black", label="predicted pixel")
     axis.plot([], [], "s", color=COLORS[1], label="blind spot")
-    axis.legend(loc="lower right", fontsize=8)
+    axis.legend(loc="lower right")
     save(figure, path)
 
 
@@ -161,9 +165,9 @@ def _draw_scale(figure, axis, image, label):
 
 
 def save_bars(path, names, heights, xlabel, ylabel):
-    figure, axis = plt.subplots(figsize=(4.6, 3.2))
+    figure, axis = plt.subplots(figsize=(3.3, 2.4))
     bars = axis.bar([str(name) for name in names], heights, color=COLORS[0])
-    axis.bar_label(bars, fmt="%.1f", fontsize=7)
+    axis.bar_label(bars, fmt="%.0f")
     axis.grid(axis="x", visible=False)
     axis.set(xlabel=xlabel, ylabel=ylabel)
     save(figure, path)
@@ -173,12 +177,12 @@ def save_confusion(path, labels, guesses, xlabel):
     """How many images of each digit, a row, were taken for which, a column; both (N,) integers."""
     counts = torch.zeros(10, 10, dtype=torch.long)
     counts.index_put_((labels.cpu(), guesses.cpu()), torch.tensor(1), accumulate=True)
-    figure, axis = plt.subplots(figsize=(4.6, 4.2))
+    figure, axis = plt.subplots(figsize=(3.9, 3.6))
     mistakes = counts.clone().fill_diagonal_(0)
     axis.imshow(mistakes, cmap="Blues", vmax=max(1, 2 * mistakes.max().item()))
     for row in range(10):
         for column in range(10):
-            axis.text(column, row, counts[row, column].item() or "", ha="center", va="center", fontsize=7)
+            axis.text(column, row, counts[row, column].item() or "", ha="center", va="center")
     axis.set(xticks=range(10), yticks=range(10), xlabel=xlabel, ylabel="digit")
     axis.grid(False)
     save(figure, path)

@@ -134,7 +134,7 @@ def monitor_losses(run):
     outputs = {"$D(x)$": history["d_real"], "$D(G(z))$": history["d_fake"]}
     panels = [
         ("loss (nats)", losses, optimum),
-        ("mean output of the discriminator", outputs, {"optimum, 1/2": 0.5}),
+        ("discriminator's mean output", outputs, {"optimum, 1/2": 0.5}),
     ]
     plotting.save_curves(run.folder / "loss.png", x, panels, smooth=iterations_per_epoch)
 

@@ -270,7 +270,7 @@ def draw_knowledge(run, network, test_set, nll, guesses):
         for label in range(NUM_CLASSES)
     ]
     plotting.save_bars(
-        folder / "nll_digits.png", range(NUM_CLASSES), nats, "digit", f"test NLL (nats per image, {how})"
+        folder / "nll_digits.png", range(NUM_CLASSES), nats, "digit", f"test NLL\n(nats per image, {how})"
     )
     x = binarize_test(images[:NUM_JUDGED], how)
     sensitivity = receptive_field(network, x, labels[:NUM_JUDGED], SEEN_FROM)

@@ -111,7 +111,7 @@ def draw_losses(run):
     panels = []
     for label, column, sign in (
         ("negative ELBO", "elbo", -1),
-        ("reconstruction, $-\\log p(x|z)$", "reconstruction", 1),
+        ("$-\\log p(x|z)$", "reconstruction", 1),
         ("KL$(q(z|x) \\,\\|\\, p(z))$", "kl", 1),
     ):
         # Before the training the terms are so large that the rest of the curve would be flat.

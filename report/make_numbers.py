@@ -46,7 +46,7 @@ def masked(mask_type, in_channels, out_channels, kernel_size):
     return (seen * in_channels + 1) * out_channels
 
 
-FUNCTIONS = dict(log=math.log, abs=abs, dense=dense, masked=masked)
+FUNCTIONS = dict(log=math.log, exp=math.exp, abs=abs, round=round, dense=dense, masked=masked)
 
 
 class Missing(Exception):

@@ -185,7 +185,7 @@ def written(value, decimals=""):
 
 
 def _escape(text):
-    return re.sub(r"([#$%&_{}])", r"\\\1", text.replace("(R)", "").replace("->", r"$\to$"))
+    return re.sub(r"([#$%&_{}])", r"\\\1", text.replace("(R)", ""))
 
 
 COLUMN = re.compile(r"(\w+)(?:([*/])([\d.]+))?:(\d+)(?::(min|max))?")

@@ -6,23 +6,29 @@ generator's, the generator learns to pass.
     python hw2_step1_main.py                  train with the defaults below
     python hw2_step1_main.py --dry-run        a few batches, to look around
     python hw2_step1_main.py --sample-only    draw from the trained generator
+    python hw2_step1_main.py --ablation       every variant, three seeds and three minutes each
 
 Writes into results/step1_gan/:
-    loss.png               both losses, D(x) and D(G(z)) over the iterations, with the optimum's lines
-    samples.png            images of the trained generator
-    samples_by_epoch.png   images of the same noise, from before the training to its end
+    loss.png                    both losses, D(x) and D(G(z)) over the iterations, with the optimum's lines
+    samples.png                 images of the trained generator
+    samples_by_epoch.png        images of the same noise, from before the training to its end
+    neighbours.png              images of the generator above the training images nearest to them
+    optimal_discriminator.png   a trained discriminator over the formula of the optimal one, in one dimension
     losses.csv, metrics.json, config.json, model.pt (the generator)
+    ablation.csv, ablation.png  figures, curves and samples of all variants, with --ablation
 """
 
+import json
 import math
+import time
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from models.GAN import Discriminator, Generator, train_discriminator, train_generator
-from utils import ablation, plotting, runs
-from utils.data import batches, load_mnist, to_symmetric
+from utils import ablation, metrics, plotting, runs, theory
+from utils.data import batches, load_mnist, to_symmetric, to_unit
 
 STEP = "step1_gan"
 
@@ -36,6 +42,9 @@ DEFAULTS = dict(
     g_channels=(64, 128, 256),  # the assignment's
     d_channels=(256, 128, 64),  # the assignment's
     dropout=0.3,  # of the discriminator's hidden units
+    loss="non-saturating",  # or "saturating" or "relativistic"
+    penalty=0.0,  # weight of R1 + R2
+    penalty_every=4,  # discriminator updates for one with the penalty, which then weighs so many times more
     real_label=1.0,  # below 1 it is one-sided label smoothing
     ema_decay=0.999,  # of the average of the generator's weights, which is what is sampled
 )
@@ -46,14 +55,51 @@ VARIANTS = {
         dict(g_channels=(128, 256, 512)),
     ),
     "deep-generator": ("does one more layer help the generator?", dict(g_channels=(64, 128, 256, 512))),
+    "deep-discriminator": (
+        "does one more layer make the discriminator a better teacher, or too strong?",
+        dict(d_channels=(512, 256, 128, 64)),
+    ),
     "no-dropout": ("what does the discriminator's dropout do?", dict(dropout=0.0)),
+    "dropout-15": ("is half the dropout enough?", dict(dropout=0.15)),
+    "dropout-50": ("does more dropout hold the discriminator back too much?", dict(dropout=0.5)),
     "equal-rates": ("what if both networks learn at the same rate?", dict(g_learning_rate=4e-4)),
+    "fast-discriminator": (
+        "what if the discriminator learns faster than the generator?",
+        dict(d_learning_rate=1e-3, g_learning_rate=4e-4),
+    ),
     "d-freq-2": ("is a discriminator updated twice as often a better teacher?", dict(d_freq=2)),
+    "d-freq-5": ("and one updated five times as often?", dict(d_freq=5)),
+    "no-average": ("what does the average of the generator's weights do?", dict(ema_decay=0.0)),
     "label-smoothing": ("what does one-sided label smoothing do?", dict(real_label=0.9)),
+    "relativistic": (
+        "is a relativistic loss with R1 and R2 (Huang et al. 2024, arXiv 2501.05441) better?",
+        dict(loss="relativistic", penalty=0.05),
+    ),
+    "saturating": ("does the generator's side of Eq. 1 as it stands train at all?", dict(loss="saturating")),
+    "public": (
+        "how good is a public solution's configuration?",
+        dict(
+            g_channels=(64, 126, 256, 512),
+            dropout=0.5,
+            d_learning_rate=1e-4,
+            g_learning_rate=2e-4,
+            d_freq=5,
+            ema_decay=0.0,
+        ),
+    ),
+    "plain": (
+        "how good are the base networks with equal rates and nothing else?",
+        dict(d_learning_rate=2e-4, g_learning_rate=2e-4, dropout=0.3, ema_decay=0.0),
+    ),
 }
 
 SAMPLE_COLUMNS = 10
 STRIP_ROWS = 8  # epochs shown in samples_by_epoch.png
+NUM_JUDGED = 10_000  # samples that are judged, as many as there are test images
+NUM_WATCHED = 200  # samples that are looked at after each epoch
+SATURATED = 0.95  # D(x) above it, with D(G(z)) as close to 0, is worth a warning
+COLLAPSED = 0.5  # so is one digit's share of the samples above it
+ABLATION_FLAGS = ["--minutes", "3"]  # the same wall time for every variant
 
 
 def train_main_loop(
@@ -69,6 +115,9 @@ def train_main_loop(
     g_channels,
     d_channels,
     dropout,
+    loss,
+    penalty,
+    penalty_every,
     real_label,
     ema_decay,
 ):
@@ -77,8 +126,10 @@ def train_main_loop(
     generator = Generator(dim_z, g_channels).to(device)
     discriminator = Discriminator(d_channels, dropout).to(device)
     averaged = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
-    g_optimizer = torch.optim.Adam(generator.parameters(), lr=g_learning_rate, betas=(0.5, 0.999))
-    d_optimizer = torch.optim.Adam(discriminator.parameters(), lr=d_learning_rate, betas=(0.5, 0.999))
+    g_optimizer = torch.optim.Adam(generator.parameters(), lr=g_learning_rate, betas=(0.5, 0.999), fused=True)
+    d_optimizer = torch.optim.Adam(
+        discriminator.parameters(), lr=d_learning_rate, betas=(0.5, 0.999), fused=True
+    )
     criterion = nn.BCEWithLogitsLoss()
     run.start(
         generator=generator,
@@ -96,8 +147,17 @@ def train_main_loop(
             iteration = run.epoch * len(loader) + run.batch + 1
             x = to_symmetric(x)
             fake_images = generator(torch.randn(len(x), dim_z, device=device))
+            weight = penalty * penalty_every if iteration % penalty_every == 0 else 0.0
             _, outputs_real, outputs_fake, d_loss_fake = train_discriminator(
-                discriminator, d_optimizer, x, fake_images, criterion, device, real_label
+                discriminator,
+                d_optimizer,
+                x,
+                fake_images,
+                criterion,
+                device,
+                real_label,
+                relativistic=loss == "relativistic",
+                penalty=weight,
             )
             row = dict(
                 # The loss of Eq. 1, whatever label the discriminator was trained towards.
@@ -108,13 +168,22 @@ def train_main_loop(
             )
             if iteration % d_freq == 0:
                 outputs = discriminator(fake_images)
-                g_loss, _ = train_generator(generator, g_optimizer, outputs, criterion, device)
+                g_loss, _ = train_generator(
+                    generator,
+                    g_optimizer,
+                    outputs,
+                    criterion,
+                    device,
+                    saturating=loss == "saturating",
+                    outputs_real=discriminator(x) if loss == "relativistic" else None,
+                )
                 averaged.update_parameters(generator)
                 row["g_loss"] = g_loss.item()
             run.add(len(x), **row)
             run.log(iteration=iteration, epoch=epoch, **row)
         monitor_images(run, averaged.module, epoch)
-        run.say(epoch, **run.means())
+        means = run.means()
+        run.say(epoch, *find_trouble(averaged.module, **means), **means)
     return averaged.module
 
 
@@ -124,6 +193,17 @@ def monitor_images(run, generator, epoch):
     run.snapshots[epoch] = (images * 255).to(torch.uint8)
 
 
+def find_trouble(generator, d_real, d_fake, **_):
+    """Remarks on an epoch whose means of D(x) and D(G(z)) are given: one network too strong, or a single digit."""
+    remarks = []
+    if d_real > SATURATED and d_fake < 1 - SATURATED:
+        remarks.append("saturated discriminator: it is sure of every image and teaches little")
+    shares = metrics.digit_shares(metrics.classify(generator.eval().sample(NUM_WATCHED)))
+    if shares.max() > COLLAPSED:
+        remarks.append(f"collapsed generator: {shares.max():.0%} of its samples are a {shares.argmax()}")
+    return remarks
+
+
 def monitor_losses(run):
     """loss.png, with what the theory expects where p_g = p_data (Goodfellow et al. 2014, section 4.1)."""
     history = run.history
@@ -131,7 +211,14 @@ def monitor_losses(run):
     x = [iteration / iterations_per_epoch for iteration in history["iteration"]]
     losses = {"discriminator": history["d_loss"], "generator": history["g_loss"]}
     optimum = {"discriminator's optimum, log 4": math.log(4), "generator's optimum, log 2": math.log(2)}
-    outputs = {"$D(x)$": history["d_real"], "$D(G(z))$": history["d_fake"]}
+    ends = {
+        name: sum(history[name][-iterations_per_epoch:]) / iterations_per_epoch - 0.5
+        for name in ("d_real", "d_fake")
+    }
+    outputs = {
+        f"$D(x)$, last epoch 1/2 {ends['d_real']:+.3f}": history["d_real"],
+        f"$D(G(z))$, last epoch 1/2 {ends['d_fake']:+.3f}": history["d_fake"],
+    }
     panels = [
         ("loss (nats)", losses, optimum),
         ("discriminator's mean output", outputs, {"optimum, 1/2": 0.5}),
@@ -158,8 +245,37 @@ def draw_strip(run):
     )
 
 
-def write_metrics(run, images):
-    """Means over the images of the last epoch; a GAN has no likelihood to report."""
+def draw_neighbours(run, generator, images):
+    """neighbours.png: samples, and below each the training image nearest to it in pixels; a copy would show."""
+    samples = generator.sample(3 * SAMPLE_COLUMNS, torch.Generator().manual_seed(run.args.seed))
+    real = to_unit(images)
+    nearest = real[metrics.nearest(samples, real)]
+    rows = [each.split(SAMPLE_COLUMNS) for each in (samples, nearest)]
+    pairs = torch.cat([row for pair in zip(*rows) for row in pair])
+    names = ["samples", "nearest training"] * len(rows[0])
+    plotting.save_images(run.folder / "neighbours.png", pairs, SAMPLE_COLUMNS, names)
+
+
+def draw_theory(run):
+    """optimal_discriminator.png: p_data / (p_data + p_g) and what a network learns, on densities that are known."""
+    x = torch.linspace(-4, 4, 200)
+    p_data, p_g = theory.P_DATA, theory.P_G
+    density = {r"$p_\mathrm{data}$": p_data.log_prob(x).exp()}
+    panels = []
+    for name, other in ((r"$p_g \neq p_\mathrm{data}$", p_g), (r"$p_g = p_\mathrm{data}$", p_data)):
+        curves = {
+            "D(x), trained": theory.trained_discriminator(p_data, other, x),
+            r"$p_\mathrm{data} / (p_\mathrm{data} + p_g)$": theory.optimal_discriminator(p_data, other, x),
+            **density,
+        }
+        if other is p_g:
+            curves["$p_g$"] = p_g.log_prob(x).exp()
+        panels.append((f"probability or density, {name}", curves, {"1/2": 0.5}))
+    plotting.save_curves(run.folder / "optimal_discriminator.png", x, panels, xlabel="x")
+
+
+def write_metrics(run, generator, images):
+    """Means over the images of the last epoch, and what the samples are like; a GAN has no likelihood to report."""
     sizes = [len(batch) for batch in images.split(run.options["batch_size"])]
     protocol = dict(train_images=len(images), over=f"epoch {run.epoch}, dropout active in the discriminator")
 
@@ -167,7 +283,19 @@ def write_metrics(run, images):
         pairs = [(v, n) for v, n in zip(run.history[name][-len(sizes) :], sizes) if v is not None]
         return sum(value * size for value, size in pairs) / sum(size for _, size in pairs)
 
+    started = time.perf_counter()
+    generator.sample(64).cpu()
+    sampling = time.perf_counter() - started
+    # A dry run is quick: few samples against as many real images.
+    count, num_real = (NUM_WATCHED, NUM_WATCHED) if run.args.dry_run else (NUM_JUDGED, None)
+    quality = metrics.judge(
+        generator.sample(count), held_out=run.args.held_out, data_dir=run.args.data_dir, num_real=num_real
+    )
     run.finish(
+        **quality,
+        sampling_time=runs.metric(
+            sampling, "seconds", "wall time of drawing 64 images", hardware=runs.hardware(run.device)
+        ),
         d_loss=runs.metric(
             mean("d_loss"), "nats", "-log D(x) - log(1 - D(G(z)))", optimum=math.log(4), **protocol
         ),
@@ -175,6 +303,20 @@ def write_metrics(run, images):
         d_real=runs.metric(mean("d_real"), "probability", "D(x)", optimum=0.5, **protocol),
         d_fake=runs.metric(mean("d_fake"), "probability", "D(G(z))", optimum=0.5, **protocol),
     )
+
+
+def draw_ablation(folders, path):
+    """ablation.png: D(x), D(G(z)) and samples of every run, `folders` mapping its name to where it is."""
+    strips = []
+    for name, folder in folders.items():
+        rows = runs.read_csv(folder / "losses.csv")
+        epochs = max(row["epoch"] for row in rows)
+        x = [row["iteration"] * epochs / len(rows) for row in rows]
+        curves = {"$D(x)$": [row["d_real"] for row in rows], "$D(G(z))$": [row["d_fake"] for row in rows]}
+        distance = json.loads((folder / "metrics.json").read_text())["frechet_distance"]["value"]
+        samples = load_model(folder / "model.pt").sample(SAMPLE_COLUMNS)
+        strips.append((f"{name}\nFréchet {distance:.0f}", x, curves, samples))
+    plotting.save_strips(path, strips, xlabel="epoch", ylim=(0, 1))
 
 
 def load_model(path, device="cpu"):
@@ -192,7 +334,10 @@ def main():
     args = parser.parse_args()
     options = runs.choose_options(parser, args, DEFAULTS, VARIANTS)
     if args.ablation or args.seeds:
-        return ablation.run_all(__file__, STEP, args, VARIANTS)
+        folders = ablation.run_all(__file__, STEP, args, VARIANTS, ABLATION_FLAGS)
+        if args.ablation:
+            draw_ablation(folders, runs.results_folder(STEP, args) / "ablation.png")
+        return
     run = runs.Run(STEP, args, options)
     if args.sample_only:
         draw_samples(run, load_model(run.folder / "model.pt", run.device))
@@ -204,10 +349,12 @@ def main():
     generator = train_main_loop(run, images, labels, **options)
     network = dict(dim_z=options["dim_z"], channels=options["g_channels"])
     runs.save_model(run.folder / "model.pt", STEP, generator, network)
-    write_metrics(run, images)
     monitor_losses(run)
     draw_strip(run)
     draw_samples(run, generator)
+    draw_neighbours(run, generator, images)
+    draw_theory(run)
+    write_metrics(run, generator, images)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,17 @@ class Generator(nn.Module):
         return ((images + 1) / 2).reshape(-1, *IMAGE_SHAPE)
 
 
-def train_discriminator(discriminator, d_optimizer, images, fake_images, criterion, device, real_label=1.0):
+def train_discriminator(
+    discriminator,
+    d_optimizer,
+    images,
+    fake_images,
+    criterion,
+    device,
+    real_label=1.0,
+    relativistic=False,
+    penalty=0.0,
+):
     """One optimiser step on -log D(x) - log(1 - D(G(z))), the discriminator's side of Eq. 1.
 
     Args:
@@ -76,41 +86,71 @@ def train_discriminator(discriminator, d_optimizer, images, fake_images, criteri
         criterion: mean binary cross-entropy on logits, `torch.nn.BCEWithLogitsLoss()`.
         real_label: target for real images; below 1 it is one-sided label smoothing
             (Salimans et al. 2016, arXiv 1606.03498, section 3.4).
+        relativistic: put the difference of the logits of a real image and a fake one in the place of both
+            (Huang et al. 2024, arXiv 2501.05441, section 2.1), so that the loss is twice theirs and has the
+            optimum of Eq. 1. As many fakes as images are needed, and the logits that are returned are
+            these differences.
+        penalty: weight of `gradient_penalty`.
 
     Returns:
-        (d_loss, outputs_real, outputs_fake, d_loss_fake): the summed loss, the (N, 1) logits of the real
-        and of the fake images, and the part of the loss that the fakes make.
+        (d_loss, outputs_real, outputs_fake, d_loss_fake): the summed loss without the penalty, the (N, 1)
+        logits of the real and of the fake images, and the part of the loss that the fakes make.
     """
     images, fake_images = images.to(device).flatten(1), fake_images.detach().to(device).flatten(1)
+    sizes = [len(images), len(fake_images)]
+    x = torch.cat([images, fake_images]).requires_grad_(penalty > 0)
     # Without batch normalisation, one pass over both halves gives the logits of two.
-    outputs_real, outputs_fake = discriminator(torch.cat([images, fake_images])).split(
-        [len(images), len(fake_images)]
-    )
+    outputs = discriminator(x)
+    outputs_real, outputs_fake = outputs.split(sizes)
+    if relativistic:
+        outputs_real, outputs_fake = outputs_real - outputs_fake, outputs_fake - outputs_real
     d_loss_fake = criterion(outputs_fake, torch.zeros_like(outputs_fake))
     d_loss = criterion(outputs_real, torch.full_like(outputs_real, real_label)) + d_loss_fake
     d_optimizer.zero_grad()
-    d_loss.backward()
+    (d_loss + penalty * gradient_penalty(x, outputs, sizes) if penalty else d_loss).backward()
     d_optimizer.step()
     return d_loss.detach(), outputs_real.detach(), outputs_fake.detach(), d_loss_fake.detach()
 
 
-def train_generator(generator, g_optimizer, discriminator_outputs, criterion, device):
+def gradient_penalty(x, outputs, sizes):
+    """R1 + R2: half the mean of |gradient of D with respect to x|^2 over real images, plus the same over fakes.
+
+    Mescheder et al. 2018 (arXiv 1801.04406), Eq. 9 and 10.
+
+    Args:
+        x: images, real ones first, (N + M, 784), that require gradients.
+        outputs: their logits, (N + M, 1), each a function of its image alone.
+        sizes: [N, M].
+    """
+    (gradient,) = torch.autograd.grad(outputs.sum(), x, create_graph=True)
+    return sum(part.mean() / 2 for part in gradient.square().sum(1).split(sizes))
+
+
+def train_generator(
+    generator, g_optimizer, discriminator_outputs, criterion, device, saturating=False, outputs_real=None
+):
     """One optimiser step on -log D(G(z)), the non-saturating loss (Goodfellow et al. 2014, section 3).
 
     Args:
         discriminator_outputs: (N, 1) logits D(G(z)), still attached to the generator's graph.
         criterion: mean binary cross-entropy on logits, `torch.nn.BCEWithLogitsLoss()`.
+        saturating: minimise log(1 - D(G(z))) instead, the generator's side of Eq. 1, whose gradient vanishes
+            where the discriminator is sure.
+        outputs_real: (N, 1) logits of real images; with them the loss is the relativistic one, of the
+            differences (Huang et al. 2024, arXiv 2501.05441, section 2.1).
 
     Returns:
         (g_loss, g_loss_fake): the loss that was minimised, and -log(1 - D(G(z))), what the same fakes cost
         the discriminator.
     """
     outputs = discriminator_outputs.to(device)
-    g_loss = criterion(outputs, torch.ones_like(outputs))
-    g_loss_fake = criterion(outputs.detach(), torch.zeros_like(outputs))
+    if outputs_real is not None:
+        outputs = outputs - outputs_real.detach().to(device)
+    cost = criterion(outputs, torch.zeros_like(outputs))
+    g_loss = -cost if saturating else criterion(outputs, torch.ones_like(outputs))
     # Differentiating with respect to the generator alone leaves no gradient behind in the discriminator.
     parameters = [parameter for parameter in generator.parameters() if parameter.requires_grad]
     for parameter, gradient in zip(parameters, torch.autograd.grad(g_loss, parameters)):
         parameter.grad = gradient
     g_optimizer.step()
-    return g_loss.detach(), g_loss_fake
+    return g_loss.detach(), cost.detach()

@@ -10,7 +10,15 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from tqdm import tqdm
 
 from utils import parallel
-from utils.runs import ArgumentParser, UserError, find_device, results_folder, write_csv
+from utils.runs import (
+    ArgumentParser,
+    UserError,
+    find_device,
+    results_folder,
+    run_folder,
+    write_csv,
+    write_json,
+)
 
 DEFAULT_SEEDS = 3
 
@@ -21,13 +29,16 @@ def run_all(script, step, args, variants, flags=()):
     An ablation is there to choose by, so it is evaluated on held-out training images.
 
     Each run goes into seeds/seed_S below the results and is a process of its own: one thread and as many at
-    once as there are cores on the CPU, one at a time on a GPU. With `--resume` finished runs are kept and
-    interrupted ones go on. The table, ablation.csv or seeds.csv, has the mean and standard deviation of every
+    once as there are cores on the CPU, one at a time on a GPU. With `--resume` finished runs are kept as they are and
+    interrupted ones go on; it takes the flags of the first time, which flags.json keeps. The table, ablation.csv or seeds.csv, has the mean and standard deviation of every
     figure.
 
     Args:
         variants: those of `--ablation` without `--variant`.
         flags: of each run of an ablation, before those of the command line, which win.
+
+    Returns:
+        Folder of the run with the first seed by the variant's name, the default's by "default".
     """
     if parallel.launched():
         raise UserError(
@@ -47,13 +58,26 @@ def run_all(script, step, args, variants, flags=()):
     given = _other_flags()
     if args.ablation:
         given = ["--held-out", *flags, *given]
+    _keep_flags(folder, given, args.resume)
+
+    def place(name, seed):
+        return run_folder(folder / "seeds" / f"seed_{seed}", name)
 
     def train(name, seed):
-        out = folder / "seeds" / f"seed_{seed}"
-        place = out / "variants" / name if name else out
-        command = [sys.executable, str(script), *given, "--seed", str(seed), "--out-dir", str(out)]
+        where = place(name, seed)
+        if args.resume and _finished(where):
+            return json.loads((where / "metrics.json").read_text())
+        command = [
+            sys.executable,
+            str(script),
+            *given,
+            "--seed",
+            str(seed),
+            "--out-dir",
+            str(place(None, seed)),
+        ]
         command += ["--variant", name] if name else []
-        command += ["--resume"] if args.resume and (place / "checkpoint.pt").exists() else []
+        command += ["--resume"] if args.resume and (where / "checkpoint.pt").exists() else []
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             reason = (
@@ -62,7 +86,7 @@ def run_all(script, step, args, variants, flags=()):
                 else f"exit code {done.returncode}"
             )
             raise UserError(f"the run of {name or 'default'} with seed {seed} failed: {reason}")
-        return json.loads((place / "metrics.json").read_text())
+        return json.loads((where / "metrics.json").read_text())
 
     results = {}
     with ThreadPoolExecutor(workers) as pool:
@@ -78,6 +102,37 @@ def run_all(script, step, args, variants, flags=()):
     path = folder / ("ablation.csv" if args.ablation else "seeds.csv")
     write_csv(path, _table(names, seeds, results))
     print(f"table in {path}")
+    return {name or "default": place(name, args.seed) for name in names}
+
+
+def _keep_flags(folder, given, resume):
+    """Write the flags of the runs into flags.json; those of runs that are gone on with have to be the same."""
+    path = folder / "seeds" / "flags.json"
+    if resume and path.exists():
+        kept = json.loads(path.read_text())
+        if kept != given:
+            raise UserError(
+                f"the runs in {path.parent} have the flags {' '.join(kept) or '(none)'}: resume with the same, or "
+                "start anew without --resume"
+            )
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"the folder {path.parent} cannot be made ({error.strerror}): name another --out-dir"
+        ) from None
+    write_json(path, given)
+
+
+def _finished(folder):
+    """Whether a run has written its figures, later than its last checkpoint."""
+    metrics, checkpoint = folder / "metrics.json", folder / "checkpoint.pt"
+    return (
+        metrics.exists()
+        and checkpoint.exists()
+        and metrics.stat().st_mtime_ns >= checkpoint.stat().st_mtime_ns
+    )
 
 
 def _other_flags():

@@ -1,5 +1,9 @@
 """How good samples are: `judge(images)` compares a tensor of images with the test images of MNIST.
 
+    from utils.metrics import judge
+    figures = judge(images)  # (N, 1, 28, 28) floats in [0, 1], of whatever model; 10,000 are usual
+    figures["frechet_distance"]["value"]
+
 The metrics rest on the features and verdicts of one fixed digit classifier, `results/classifier/model.pt`
 (`utils.train_classifier` trains it), so that their values compare with one another and not with other papers'.
 Beside each stands its floor: the same metric of as many training images, which no model can be asked to beat.
@@ -17,19 +21,27 @@ from utils.data import binarize, load_mnist
 
 CLASSIFIER_STEP = "classifier"
 CLASSIFIER_FOLDER = runs.ROOT / "results" / CLASSIFIER_STEP
+IMAGE_SHAPE = (1, 28, 28)
 NEIGHBOURS = 5  # the k of precision, recall, density and coverage
 NUM_SIGMA_IMAGES = 1000  # held-out images that choose the Parzen window's width
 CHUNK = 1000
 
 
-def judge(images, pixels="none", held_out=False, data_dir=runs.ROOT / "data"):
+def judge(images, pixels="none", held_out=False, data_dir=runs.ROOT / "data", num_real=None):
     """Every metric of samples (N, 1, 28, 28) in [0, 1], as entries for metrics.json; 10,000 are usual.
 
     Args:
         pixels: encoding of the real images to compare with, 'none' for grey, or 'threshold' or 'stochastic'.
         held_out: compare with the last 10,000 training images in place of the test images.
+        num_real: compare with the first so many alone, where time matters more than the figures. They depend
+            on the number, so there is no floor then.
+
+    Raises:
+        ValueError: the images have another shape, values that are not finite or outside [0, 1], or are too few.
     """
+    _require_images(images)
     _, (reference, _) = load_mnist(data_dir, images.device, held_out)
+    reference = reference[:num_real]
     sigma_images = load_mnist(data_dir, images.device, held_out=True)[1][0][:NUM_SIGMA_IMAGES]
     draw = torch.Generator(images.device).manual_seed(0)
     values = compare(
@@ -39,13 +51,27 @@ def judge(images, pixels="none", held_out=False, data_dir=runs.ROOT / "data"):
         load_classifier(images.device),
     )
     against = f"{len(reference)} {'held-out training' if held_out else 'test'} images, pixels {pixels}"
-    floors = {} if held_out else _floors().get(pixels, {})
+    floors = {} if held_out or num_real else _floors().get(pixels, {})
     return {
         name: runs.metric(
             value, *DESCRIPTIONS[name], samples=len(images), against=against, floor=floors.get(name)
         )
         for name, value in values.items()
     }
+
+
+def _require_images(images):
+    if not torch.is_tensor(images) or not images.is_floating_point():
+        raise ValueError("judge takes a tensor of floats in [0, 1]: divide bytes by 255")
+    if images.shape[1:] != IMAGE_SHAPE:
+        raise ValueError(f"judge takes images (N, 1, 28, 28), not {tuple(images.shape)}")
+    if len(images) <= NEIGHBOURS:
+        raise ValueError(f"judge takes at least {NEIGHBOURS + 1} images, not {len(images)}")
+    if not torch.isfinite(images).all():
+        raise ValueError("judge takes finite pixels: some are not")
+    low, high = images.min().item(), images.max().item()
+    if low < 0 or high > 1:
+        raise ValueError(f"judge takes pixels in [0, 1], not from {low:.3g} to {high:.3g}")
 
 
 # Unit and formula of each metric.

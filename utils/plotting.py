@@ -188,6 +188,33 @@ def save_confusion(path, labels, guesses, xlabel):
     save(figure, path)
 
 
+def save_strips(path, strips, xlabel, ylim, smooth=400):
+    """A strip for each of several runs, one below another on a page: its name, its curves, a row of its images.
+
+    Args:
+        strips: list of (name, x, curves, images), `curves` mapping labels to values, the same labels in each.
+        ylim: common limits of the curves.
+        smooth: width of the running mean.
+    """
+    height = min(0.58, 10.2 / len(strips))  # inches; all of them fit on a page of A4
+    figure, axes = plt.subplots(
+        len(strips), 2, figsize=(7.4, height * len(strips) + 0.7), squeeze=False, width_ratios=[1.7, 5]
+    )
+    for (left, right), (name, x, curves, images) in zip(axes, strips):
+        for color, (label, values) in zip(COLORS, curves.items()):
+            width = min(smooth, len(values))
+            means = np.convolve(values, np.ones(width) / width, mode="valid")
+            left.plot(x[width - 1 :], means, color=color, linewidth=1, label=label)
+        left.axhline(0.5, color="black", linestyle=":", linewidth=0.6)
+        left.set(ylim=ylim, yticks=ylim)
+        left.tick_params(labelsize=6, length=2, pad=1)
+        left.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=7, labelpad=2)
+        draw_images(images, len(images), axis=right)
+    axes[-1, 0].set_xlabel(xlabel, fontsize=7)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=2, fontsize=8)
+    save(figure, path)
+
+
 def gaussian_quantiles(count):
     """`count` points that cut N(0, 1) into equal shares of probability, ascending: a tensor (count,)."""
     return torch.distributions.Normal(0.0, 1.0).icdf((torch.arange(count) + 0.5) / count)

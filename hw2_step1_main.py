@@ -93,8 +93,17 @@ VARIANTS = {
     ),
 }
 
+# What the generator minimises by each loss: formula and optimum in nats, where p_g = p_data. The relativistic loss
+# takes the difference of the logits of a real image and a fake one for D.
+GENERATOR_LOSSES = {
+    "non-saturating": ("-log D(G(z))", math.log(2)),
+    "saturating": ("log(1 - D(G(z)))", -math.log(2)),
+    "relativistic": ("-log D(G(z), x)", math.log(2)),
+}
+
 SAMPLE_COLUMNS = 10
 STRIP_ROWS = 8  # epochs shown in samples_by_epoch.png
+STRIP_COLUMNS = 12  # samples of each run in ablation.png
 NUM_JUDGED = 10_000  # samples that are judged, as many as there are test images
 NUM_WATCHED = 200  # samples that are looked at after each epoch
 SATURATED = 0.95  # D(x) above it, with D(G(z)) as close to 0, is worth a warning
@@ -210,7 +219,11 @@ def monitor_losses(run):
     iterations_per_epoch = max(history["iteration"]) // run.epoch
     x = [iteration / iterations_per_epoch for iteration in history["iteration"]]
     losses = {"discriminator": history["d_loss"], "generator": history["g_loss"]}
-    optimum = {"discriminator's optimum, log 4": math.log(4), "generator's optimum, log 2": math.log(2)}
+    _, g_optimum = GENERATOR_LOSSES[run.options["loss"]]
+    optimum = {
+        "discriminator's optimum, log 4": math.log(4),
+        f"generator's optimum, {'-' if g_optimum < 0 else ''}log 2": g_optimum,
+    }
     ends = {
         name: sum(history[name][-iterations_per_epoch:]) / iterations_per_epoch - 0.5
         for name in ("d_real", "d_fake")
@@ -252,26 +265,24 @@ def draw_neighbours(run, generator, images):
     nearest = real[metrics.nearest(samples, real)]
     rows = [each.split(SAMPLE_COLUMNS) for each in (samples, nearest)]
     pairs = torch.cat([row for pair in zip(*rows) for row in pair])
-    names = ["samples", "nearest training"] * len(rows[0])
+    names = ["sample", "nearest"] * len(rows[0])
     plotting.save_images(run.folder / "neighbours.png", pairs, SAMPLE_COLUMNS, names)
 
 
 def draw_theory(run):
     """optimal_discriminator.png: p_data / (p_data + p_g) and what a network learns, on densities that are known."""
     x = torch.linspace(-4, 4, 200)
-    p_data, p_g = theory.P_DATA, theory.P_G
-    density = {r"$p_\mathrm{data}$": p_data.log_prob(x).exp()}
-    panels = []
-    for name, other in ((r"$p_g \neq p_\mathrm{data}$", p_g), (r"$p_g = p_\mathrm{data}$", p_data)):
-        curves = {
-            "D(x), trained": theory.trained_discriminator(p_data, other, x),
-            r"$p_\mathrm{data} / (p_\mathrm{data} + p_g)$": theory.optimal_discriminator(p_data, other, x),
-            **density,
-        }
-        if other is p_g:
-            curves["$p_g$"] = p_g.log_prob(x).exp()
-        panels.append((f"probability or density, {name}", curves, {"1/2": 0.5}))
-    plotting.save_curves(run.folder / "optimal_discriminator.png", x, panels, xlabel="x")
+    p_data = theory.P_DATA
+    panels = [
+        (
+            title,
+            theory.trained_discriminator(p_data, p_g, x),
+            theory.optimal_discriminator(p_data, p_g, x),
+            [density.log_prob(x).exp() for density in (p_data, p_g)],
+        )
+        for title, p_g in ((r"$p_g \neq p_{data}$", theory.P_G), ("$p_g = p_{data}$", p_data))
+    ]
+    plotting.save_optimal_discriminator(run.folder / "optimal_discriminator.png", x, panels)
 
 
 def write_metrics(run, generator, images):
@@ -286,6 +297,7 @@ def write_metrics(run, generator, images):
     started = time.perf_counter()
     generator.sample(64).cpu()
     sampling = time.perf_counter() - started
+    g_formula, g_optimum = GENERATOR_LOSSES[run.options["loss"]]
     # A dry run is quick: few samples against as many real images.
     count, num_real = (NUM_WATCHED, NUM_WATCHED) if run.args.dry_run else (NUM_JUDGED, None)
     quality = metrics.judge(
@@ -299,7 +311,7 @@ def write_metrics(run, generator, images):
         d_loss=runs.metric(
             mean("d_loss"), "nats", "-log D(x) - log(1 - D(G(z)))", optimum=math.log(4), **protocol
         ),
-        g_loss=runs.metric(mean("g_loss"), "nats", "-log D(G(z))", optimum=math.log(2), **protocol),
+        g_loss=runs.metric(mean("g_loss"), "nats", g_formula, optimum=g_optimum, **protocol),
         d_real=runs.metric(mean("d_real"), "probability", "D(x)", optimum=0.5, **protocol),
         d_fake=runs.metric(mean("d_fake"), "probability", "D(G(z))", optimum=0.5, **protocol),
     )
@@ -314,7 +326,7 @@ def draw_ablation(folders, path):
         x = [row["iteration"] * epochs / len(rows) for row in rows]
         curves = {"$D(x)$": [row["d_real"] for row in rows], "$D(G(z))$": [row["d_fake"] for row in rows]}
         distance = json.loads((folder / "metrics.json").read_text())["frechet_distance"]["value"]
-        samples = load_model(folder / "model.pt").sample(SAMPLE_COLUMNS)
+        samples = load_model(folder / "model.pt").sample(STRIP_COLUMNS)
         strips.append((f"{name}\nFréchet {distance:.0f}", x, curves, samples))
     plotting.save_strips(path, strips, xlabel="epoch", ylim=(0, 1))
 

@@ -2,14 +2,21 @@
 
 import csv
 import inspect
+import json
 import math
+import os
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import hw2_step1_main as step1
-from models.GAN import Discriminator, Generator, train_discriminator, train_generator
+from models.GAN import Discriminator, Generator, gradient_penalty, train_discriminator, train_generator
+from tests.conftest import ROOT
+from utils import ablation, metrics, runs, theory
+from utils.data import load_mnist, to_symmetric
 
 CRITERION = nn.BCEWithLogitsLoss()
 
@@ -87,6 +94,116 @@ def test_label_smoothing_is_one_sided():
     assert d_loss_fake.item() == pytest.approx(-math.log(1 - probability), rel=1e-5)
 
 
+class Weights(nn.Module):
+    """A linear discriminator w x, or a generator whose logits are its weights."""
+
+    def __init__(self, *values):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(values))
+
+    def forward(self, x):
+        return x @ self.w[:, None]
+
+
+def softplus(x):
+    return math.log(1 + math.exp(x))
+
+
+def test_relativistic_discriminator_by_hand():
+    """L = 2 mean log(1 + e^-t), t = w (x - G(z)), and dL/dw = -2 mean (x - G(z)) s(-t)."""
+    real, fake, w = torch.randn(5, 3), torch.randn(5, 3), [0.5, -0.3, 0.8]
+    discriminator = Weights(*w)
+    d_loss, outputs_real, outputs_fake, d_loss_fake = train_discriminator(
+        discriminator,
+        torch.optim.SGD(discriminator.parameters(), lr=0.1),
+        real,
+        fake,
+        CRITERION,
+        "cpu",
+        relativistic=True,
+    )
+    margins = [sum(a * b for a, b in zip(w, row)) for row in (real - fake).tolist()]
+    assert outputs_real[:, 0].tolist() == pytest.approx(margins, rel=1e-5)
+    assert torch.equal(outputs_fake, -outputs_real)
+    mean = sum(softplus(-margin) for margin in margins) / 5
+    assert d_loss.item() == pytest.approx(2 * mean, rel=1e-5)
+    assert d_loss_fake.item() == pytest.approx(mean, rel=1e-5)
+    for j, weight in enumerate(w):
+        slopes = [-2 * row[j] / (1 + math.exp(m)) for row, m in zip((real - fake).tolist(), margins)]
+        assert discriminator.w[j].item() == pytest.approx(weight - 0.1 * sum(slopes) / 5, rel=1e-4)
+
+
+def test_penalty_of_a_linear_discriminator():
+    """R1 + R2 = |w|^2 / 2 + |w|^2 / 2, whatever the images, and a step of SGD follows its gradient, 2 w."""
+    w, sizes = [0.6, -0.8, 2.0], [4, 6]
+    x = torch.randn(10, 3, requires_grad=True)
+    assert gradient_penalty(x, Weights(*w)(x), sizes).item() == pytest.approx(0.36 + 0.64 + 4.0)
+    steps = []
+    for penalty in (0.0, 0.25):
+        discriminator = Weights(*w)
+        optimizer = torch.optim.SGD(discriminator.parameters(), lr=0.1)
+        d_loss, *_ = train_discriminator(
+            discriminator, optimizer, x[:4].detach(), x[4:].detach(), CRITERION, "cpu", penalty=penalty
+        )
+        steps.append((d_loss, discriminator.w.detach()))
+    assert torch.equal(steps[0][0], steps[1][0])
+    assert (steps[0][1] - steps[1][1]).tolist() == pytest.approx(
+        [0.1 * 0.25 * 2 * each for each in w], rel=1e-4
+    )
+
+
+def test_penalty_by_finite_differences():
+    """Halves of different sizes, each with its own mean, of a network that is not linear."""
+    discriminator, sizes, h = Discriminator(channels=[8]).double().eval(), [1, 3], 1e-6
+    x = torch.randn(4, 784, dtype=torch.double)
+    shifts = h * torch.eye(784, dtype=torch.double)
+    with torch.no_grad():
+        slopes = [(discriminator(each + shifts) - discriminator(each - shifts)) / (2 * h) for each in x]
+    squares = [each.square().sum().item() for each in slopes]
+    x.requires_grad_()
+    penalty = gradient_penalty(x, discriminator(x), sizes).item()
+    assert penalty == pytest.approx(squares[0] / 2 + sum(squares[1:]) / 3 / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "flags, loss, slope",
+    [
+        ({}, lambda t: softplus(-t), lambda t: -1 / (1 + math.exp(t))),
+        ({"saturating": True}, lambda t: -softplus(t), lambda t: -1 / (1 + math.exp(-t))),
+    ],
+)
+@pytest.mark.parametrize("real", [None, [0.3, -0.9, 1.1]])
+def test_generator_losses_by_hand(flags, loss, slope, real):
+    """Value and gradient at logits t, or t - t_real in the relativistic loss."""
+    logits = [-2.0, 0.5, 3.0]
+    generator = Weights(*logits)
+    outputs_real = None if real is None else torch.tensor(real)[:, None].requires_grad_()
+    g_loss, g_loss_fake = train_generator(
+        generator,
+        torch.optim.SGD(generator.parameters(), lr=0.3),
+        generator(torch.eye(3)),
+        CRITERION,
+        "cpu",
+        outputs_real=outputs_real,
+        **flags,
+    )
+    ts = [t - r for t, r in zip(logits, real or [0.0] * 3)]
+    assert g_loss.item() == pytest.approx(sum(map(loss, ts)) / 3, rel=1e-5)
+    assert g_loss_fake.item() == pytest.approx(sum(map(softplus, ts)) / 3, rel=1e-5)
+    expected = [logit - 0.3 * slope(t) / 3 for logit, t in zip(logits, ts)]
+    assert generator.w.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_saturating_gradient_vanishes_where_the_discriminator_is_sure():
+    steps = []
+    for saturating in (True, False):
+        generator = Weights(-20.0)
+        optimizer = torch.optim.SGD(generator.parameters(), lr=1.0)
+        train_generator(generator, optimizer, generator(torch.eye(1)), CRITERION, "cpu", saturating)
+        steps.append(generator.w.item() + 20)
+    assert abs(steps[0]) < 1e-5 and steps[1] == pytest.approx(1, rel=1e-5)
+
+
 def test_discriminator_step_leaves_the_generator_alone():
     generator, discriminator = Generator(), Discriminator()
     optimizer = torch.optim.Adam(discriminator.parameters())
@@ -157,3 +274,124 @@ def test_sampling_is_repeatable_and_leaves_the_global_state():
     noise = torch.Generator().manual_seed(5)
     assert not torch.equal(first, generator.sample(6, noise))
     assert torch.equal(generator.sample(6, noise.manual_seed(5)), generator.sample(6, noise.manual_seed(5)))
+
+
+class Shows(nn.Module):
+    """A generator of given images."""
+
+    def __init__(self, images):
+        super().__init__()
+        self.images = images
+
+    def sample(self, num_samples):
+        return self.images[:num_samples]
+
+
+@pytest.fixture(scope="module")
+def digits():
+    _, (images, labels) = load_mnist(ROOT / "data")
+    return images[:4000].float() / 255, labels[:4000]
+
+
+def test_warnings_come_when_they_should(digits):
+    images, labels = digits
+    varied, threes = Shows(images), Shows(images[labels == 3])
+    assert step1.find_trouble(varied, d_real=0.6, d_fake=0.4) == []
+    # A discriminator that is sure of the real ones alone, or of the fakes alone, is not saturated.
+    assert step1.find_trouble(varied, d_real=0.99, d_fake=0.4) == []
+    assert step1.find_trouble(varied, d_real=0.6, d_fake=0.01) == []
+    (saturated,) = step1.find_trouble(varied, d_real=0.97, d_fake=0.03, d_loss=0.0)
+    assert "saturated discriminator" in saturated
+    (collapsed,) = step1.find_trouble(threes, d_real=0.6, d_fake=0.4)
+    assert "collapsed generator" in collapsed and collapsed.endswith("are a 3")
+    assert len(step1.find_trouble(threes, d_real=1.0, d_fake=0.0)) == 2
+
+
+def test_warnings_are_in_the_epoch_line(call_step, tmp_path):
+    """A generator that has hardly learnt draws the same for every noise."""
+    done = call_step(step1, "--dry-run", "--out-dir", tmp_path)
+    line = next(line for line in done.stdout.splitlines() if line.startswith("epoch 2/2"))
+    assert "collapsed generator" in line and "saturated" not in line
+
+
+def test_metrics_of_a_run(call_step, tmp_path):
+    done = call_step(step1, "--dry-run", "--variant", "relativistic", "--out-dir", tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "variants" / "relativistic"
+    figures = json.loads((folder / "metrics.json").read_text())
+    assert set(metrics.DESCRIPTIONS) | {"sampling_time", "d_real", "g_loss"} <= set(figures)
+    assert figures["frechet_distance"]["samples"] == step1.NUM_WATCHED
+    assert figures["sampling_time"]["value"] > 0
+    # A table of floats is read back, and the figure over all runs drawn from it.
+    folders = {"default": folder, "again": folder}
+    step1.draw_ablation(folders, tmp_path / "ablation.png")
+    assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_neighbours_are_the_copies_of_a_generator_that_copies(digits, monkeypatch, tmp_path):
+    images = (digits[0][:300] * 255).to(torch.uint8)
+
+    class Copies:
+        def sample(self, num_samples, generator):
+            return (to_symmetric(images.flip(0)[:num_samples]) + 1) / 2
+
+    run = type("Run", (), dict(folder=tmp_path, args=type("Args", (), dict(seed=0))))
+    drawn = []
+    monkeypatch.setattr(step1.plotting, "save_images", lambda path, pairs, *_: drawn.append(pairs))
+    step1.draw_neighbours(run, Copies(), images)
+    rows = drawn[0].split(step1.SAMPLE_COLUMNS)
+    assert len(rows) == 6
+    for samples, nearest in zip(rows[::2], rows[1::2]):
+        assert torch.allclose(samples, nearest, atol=1e-6)
+
+
+def test_trained_discriminator_is_near_the_formula_and_repeatable():
+    """Within a few hundredths where there are draws, and the global random state stays."""
+    x = torch.linspace(-3, 3, 60)
+    state = torch.get_rng_state()
+    for p_g in (theory.P_G, theory.P_DATA):
+        trained = theory.trained_discriminator(theory.P_DATA, p_g, x)
+        formula = theory.P_DATA.log_prob(x).exp() / (theory.P_DATA.log_prob(x).exp() + p_g.log_prob(x).exp())
+        assert torch.allclose(theory.optimal_discriminator(theory.P_DATA, p_g, x), formula, atol=1e-6)
+        assert (trained - formula).abs().max() < 0.04
+    assert torch.equal(trained, theory.trained_discriminator(theory.P_DATA, theory.P_DATA, x))
+    assert torch.equal(state, torch.get_rng_state())
+    assert (formula - 0.5).abs().max() < 1e-6
+
+
+def test_an_ablation_that_is_gone_on_with_keeps_finished_runs(call_step, monkeypatch, tmp_path):
+    """Runs that only leave their files behind: finished ones are not started again, others are resumed."""
+    started = []
+
+    def start(command, **_):
+        flags = dict(zip(command, command[1:]))
+        name = flags.get("--variant")
+        started.append((name, "--resume" in command))
+        folder = runs.run_folder(Path(flags["--out-dir"]), name)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "checkpoint.pt").touch()
+        (folder / "metrics.json").write_text(json.dumps({"wall_time": {"value": 1.0}}))
+        return subprocess.CompletedProcess(command, 0)
+
+    drawn = []
+    monkeypatch.setattr(ablation.subprocess, "run", start)
+    monkeypatch.setattr(step1, "draw_ablation", lambda folders, path: drawn.append((folders, path)))
+    flags = ["--ablation", "--seeds", "1", "--out-dir", tmp_path]
+    assert call_step(step1, *flags).returncode == 0
+    names = [None, *step1.VARIANTS]
+    assert sorted(started, key=str) == sorted(((name, False) for name in names), key=str)
+    folders, path = drawn[0]
+    assert list(folders) == ["default", *step1.VARIANTS] and path == tmp_path / "ablation.png"
+    assert folders["public"] == tmp_path / "seeds" / "seed_0" / "variants" / "public"
+
+    started.clear()
+    later = (folders["plain"] / "metrics.json").stat().st_mtime_ns + 10**9
+    os.utime(folders["plain"] / "checkpoint.pt", ns=(later, later))  # started anew and interrupted
+    (folders["public"] / "metrics.json").unlink()
+    (folders["saturating"] / "metrics.json").unlink()
+    (folders["saturating"] / "checkpoint.pt").unlink()
+    assert call_step(step1, *flags, "--resume").returncode == 0
+    assert sorted(started) == [("plain", True), ("public", True), ("saturating", False)]
+
+    refused = call_step(step1, *flags, "--resume", "--minutes", "4")
+    assert refused.returncode == 2 and "resume with the same" in refused.stderr and len(started) == 3

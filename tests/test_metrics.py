@@ -134,6 +134,31 @@ def test_judge_takes_a_tensor_of_images():
     assert good["coverage"]["floor"] > 0.9
 
 
+@pytest.mark.parametrize(
+    "images, reason",
+    [
+        (torch.rand(10, 784), "784"),
+        (torch.rand(10, 3, 28, 28), "28, 28"),
+        (torch.rand(5, 1, 28, 28), "at least 6"),
+        (torch.rand(10, 1, 28, 28) * 2 - 1, "in \\[0, 1\\]"),
+        (torch.rand(10, 1, 28, 28) + 0.5, "in \\[0, 1\\]"),
+        (torch.full((10, 1, 28, 28), float("nan")), "finite"),
+        (torch.zeros(10, 1, 28, 28, dtype=torch.uint8), "floats"),
+        (np.zeros((10, 1, 28, 28)), "tensor"),
+    ],
+)
+def test_judge_refuses_what_it_cannot_judge(images, reason):
+    with pytest.raises(ValueError, match=reason):
+        metrics.judge(images)
+
+
+def test_judge_by_few_real_images_says_so_and_has_no_floor():
+    torch.manual_seed(1)
+    judged = metrics.judge(torch.rand(6, 1, 28, 28), num_real=20)
+    assert all(entry["against"].startswith("20 test images") for entry in judged.values())
+    assert all(entry["floor"] is None for entry in judged.values())
+
+
 def test_features_do_not_depend_on_the_batch():
     classifier = Classifier().eval()
     x = torch.rand(5, 1, 28, 28)

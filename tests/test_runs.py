@@ -28,9 +28,10 @@ COMMON = {
     "checkpoint.pt",
     ".lock",
 }
+GAN_FIGURES = {"samples_by_epoch.png", "neighbours.png", "optimal_discriminator.png"}
 PIXELCNN_FIGURES = {"completions.png", "nll_map.png", "nll_digits.png", "receptive_field.png"}
 STEPS = {
-    "gan": ("hw2_step1_main.py", [], {"samples_by_epoch.png"}, step1.load_model),
+    "gan": ("hw2_step1_main.py", [], GAN_FIGURES, step1.load_model),
     "pixelcnn": ("hw2_step2_main.py", [], PIXELCNN_FIGURES, step2.load_model),
     "conditional": (
         "hw2_step2_main.py",

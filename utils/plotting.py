@@ -188,6 +188,28 @@ def save_confusion(path, labels, guesses, xlabel):
     save(figure, path)
 
 
+def save_optimal_discriminator(path, x, panels):
+    """A trained discriminator over the formula p_data / (p_data + p_g), with the densities behind both.
+
+    Args:
+        panels: list of (title, trained, formula, [p_data, p_g]), each with a value for each of x: tensors.
+    """
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), sharey=True)
+    for axis, (title, trained, formula, densities) in zip(axes, panels):
+        for color, name, density in zip(COLORS[2:], ("$p_{data}$", "$p_g$"), densities):
+            axis.fill_between(x.numpy(), density.numpy(), alpha=0.3, color=color, linewidth=0, label=name)
+        axis.plot(
+            x.numpy(), formula.numpy(), color=COLORS[4], linewidth=4, label="$p_{data} / (p_{data} + p_g)$"
+        )
+        axis.plot(x.numpy(), trained.numpy(), color=COLORS[0], linewidth=1.2, label="$D(x)$, trained")
+        axis.axhline(0.5, color="black", linestyle="--", linewidth=1, label="1/2")
+        axis.set(xlabel="x", title=title, ylim=(0, 1))
+    axes[0].set_ylabel("probability, density")
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=len(handles[0]), fontsize=8)
+    save(figure, path)
+
+
 def save_strips(path, strips, xlabel, ylim, smooth=400):
     """A strip for each of several runs, one below another on a page: its name, its curves, a row of its images.
 
@@ -196,20 +218,22 @@ def save_strips(path, strips, xlabel, ylim, smooth=400):
         ylim: common limits of the curves.
         smooth: width of the running mean.
     """
-    height = min(0.58, 10.2 / len(strips))  # inches; all of them fit on a page of A4
+    height = min(0.6, 10.2 / len(strips))  # inches; all of them fit on a page of A4
     figure, axes = plt.subplots(
-        len(strips), 2, figsize=(7.4, height * len(strips) + 0.7), squeeze=False, width_ratios=[1.7, 5]
+        len(strips), 2, figsize=(7.4, height * len(strips) + 0.8), squeeze=False, width_ratios=[1, 3]
     )
+    figure.get_layout_engine().set(h_pad=0.02, hspace=0)
+    longest = max(x[-1] for _, x, _, _ in strips)
     for (left, right), (name, x, curves, images) in zip(axes, strips):
         for color, (label, values) in zip(COLORS, curves.items()):
             width = min(smooth, len(values))
             means = np.convolve(values, np.ones(width) / width, mode="valid")
             left.plot(x[width - 1 :], means, color=color, linewidth=1, label=label)
-        left.axhline(0.5, color="black", linestyle=":", linewidth=0.6)
-        left.set(ylim=ylim, yticks=ylim)
-        left.tick_params(labelsize=6, length=2, pad=1)
+        left.set(xlim=(0, longest), ylim=ylim, yticks=ylim)
+        left.tick_params(labelsize=6, length=2, pad=1, labelbottom=False)
         left.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=7, labelpad=2)
         draw_images(images, len(images), axis=right)
+    axes[-1, 0].tick_params(labelbottom=True)
     axes[-1, 0].set_xlabel(xlabel, fontsize=7)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=2, fontsize=8)
     save(figure, path)

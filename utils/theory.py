@@ -10,10 +10,10 @@ from torch.distributions import Categorical, MixtureSameFamily, Normal
 
 from models.GAN import train_discriminator
 
-HIDDEN = 64  # units of each of the two hidden layers
-STEPS = 800
+HIDDEN = 32  # units of each of the two hidden layers
+STEPS = 600
 BATCH_SIZE = 1000
-LEARNING_RATE = 1e-2
+LEARNING_RATE = 2e-2
 
 
 def mixture(weights, means, deviations):

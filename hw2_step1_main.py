@@ -216,7 +216,7 @@ def find_trouble(generator, d_real, d_fake, **_):
 def monitor_losses(run):
     """loss.png, with what the theory expects where p_g = p_data (Goodfellow et al. 2014, section 4.1)."""
     history = run.history
-    iterations_per_epoch = max(history["iteration"]) // run.epoch
+    iterations_per_epoch = history["epoch"].count(1)  # --minutes cuts the last epoch short
     x = [iteration / iterations_per_epoch for iteration in history["iteration"]]
     losses = {"discriminator": history["d_loss"], "generator": history["g_loss"]}
     _, g_optimum = GENERATOR_LOSSES[run.options["loss"]]
@@ -286,13 +286,14 @@ def draw_theory(run):
 
 
 def write_metrics(run, generator, images):
-    """Means over the images of the last epoch, and what the samples are like; a GAN has no likelihood to report."""
+    """How good samples are, and means over the last iterations; a GAN has no likelihood to report."""
     sizes = [len(batch) for batch in images.split(run.options["batch_size"])]
-    protocol = dict(train_images=len(images), over=f"epoch {run.epoch}, dropout active in the discriminator")
+    over = f"the last {len(sizes)} iterations, dropout active in the discriminator"
+    protocol = dict(train_images=len(images), over=over)
 
     def mean(name):
         pairs = [(v, n) for v, n in zip(run.history[name][-len(sizes) :], sizes) if v is not None]
-        return sum(value * size for value, size in pairs) / sum(size for _, size in pairs)
+        return sum(value * size for value, size in pairs) / sum(size for _, size in pairs) if pairs else None
 
     started = time.perf_counter()
     generator.sample(64).cpu()
@@ -322,8 +323,8 @@ def draw_ablation(folders, path):
     strips = []
     for name, folder in folders.items():
         rows = runs.read_csv(folder / "losses.csv")
-        epochs = max(row["epoch"] for row in rows)
-        x = [row["iteration"] * epochs / len(rows) for row in rows]
+        iterations_per_epoch = sum(row["epoch"] == 1 for row in rows)
+        x = [row["iteration"] / iterations_per_epoch for row in rows]
         curves = {"$D(x)$": [row["d_real"] for row in rows], "$D(G(z))$": [row["d_fake"] for row in rows]}
         distance = json.loads((folder / "metrics.json").read_text())["frechet_distance"]["value"]
         samples = load_model(folder / "model.pt").sample(STRIP_COLUMNS)

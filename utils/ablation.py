@@ -29,9 +29,9 @@ def run_all(script, step, args, variants, flags=()):
     An ablation is there to choose by, so it is evaluated on held-out training images.
 
     Each run goes into seeds/seed_S below the results and is a process of its own: one thread and as many at
-    once as there are cores on the CPU, one at a time on a GPU. With `--resume` finished runs are kept as they are and
-    interrupted ones go on; it takes the flags of the first time, which flags.json keeps. The table, ablation.csv or seeds.csv, has the mean and standard deviation of every
-    figure.
+    once as there are cores on the CPU, one at a time on a GPU. With `--resume` finished runs are kept as they
+    are and interrupted ones go on; it takes the flags of the first time, which seeds/flags.json keeps. The
+    table, ablation.csv or seeds.csv, has the mean and standard deviation of every figure.
 
     Args:
         variants: those of `--ablation` without `--variant`.

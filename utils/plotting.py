@@ -91,7 +91,7 @@ def save_images(path, images, columns, row_labels=(), title="", scale=0.3):
 def draw_images(images, columns, row_labels=(), title="", scale=0.3, axis=None):
     """The grid of `save_images`, on `axis` or a figure of its own, which is returned."""
     rows = -(-len(images) // columns)
-    grid = make_grid(images.detach().float().cpu(), nrow=columns, padding=2, pad_value=0.5)[0]
+    grid = make_grid(images.detach().float().cpu(), nrow=columns, padding=2, pad_value=0.5)[0].numpy()
     figure = None
     if axis is None:
         margin = 0.12 * max(map(len, row_labels), default=0)
@@ -194,7 +194,7 @@ def save_optimal_discriminator(path, x, panels):
     Args:
         panels: list of (title, trained, formula, [p_data, p_g]), each with a value for each of x: tensors.
     """
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), sharey=True)
+    figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 2.8), sharey=True)
     for axis, (title, trained, formula, densities) in zip(axes, panels):
         for color, name, density in zip(COLORS[2:], ("$p_{data}$", "$p_g$"), densities):
             axis.fill_between(x.numpy(), density.numpy(), alpha=0.3, color=color, linewidth=0, label=name)
@@ -206,7 +206,7 @@ def save_optimal_discriminator(path, x, panels):
         axis.set(xlabel="x", title=title, ylim=(0, 1))
     axes[0].set_ylabel("probability, density")
     handles = axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=len(handles[0]), fontsize=8)
+    figure.legend(*handles, loc="outside lower center", ncols=3)
     save(figure, path)
 
 
@@ -218,9 +218,9 @@ def save_strips(path, strips, xlabel, ylim, smooth=400):
         ylim: common limits of the curves.
         smooth: width of the running mean.
     """
-    height = min(0.6, 10.2 / len(strips))  # inches; all of them fit on a page of A4
+    height = min(0.6, 8.6 / len(strips))  # inches; all of them fit on a page
     figure, axes = plt.subplots(
-        len(strips), 2, figsize=(7.4, height * len(strips) + 0.8), squeeze=False, width_ratios=[1, 3]
+        len(strips), 2, figsize=(WIDTH, height * len(strips) + 0.7), squeeze=False, width_ratios=[1, 3]
     )
     figure.get_layout_engine().set(h_pad=0.02, hspace=0)
     longest = max(x[-1] for _, x, _, _ in strips)
@@ -228,14 +228,14 @@ def save_strips(path, strips, xlabel, ylim, smooth=400):
         for color, (label, values) in zip(COLORS, curves.items()):
             width = min(smooth, len(values))
             means = np.convolve(values, np.ones(width) / width, mode="valid")
-            left.plot(x[width - 1 :], means, color=color, linewidth=1, label=label)
+            left.plot(x[width - 1 :], means, color=color, linewidth=1, label=label, rasterized=True)
         left.set(xlim=(0, longest), ylim=ylim, yticks=ylim)
         left.tick_params(labelsize=6, length=2, pad=1, labelbottom=False)
-        left.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=7, labelpad=2)
+        left.set_ylabel(name, rotation=0, ha="right", va="center", fontsize="small", labelpad=2)
         draw_images(images, len(images), axis=right)
     axes[-1, 0].tick_params(labelbottom=True)
-    axes[-1, 0].set_xlabel(xlabel, fontsize=7)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=2, fontsize=8)
+    axes[-1, 0].set_xlabel(xlabel, fontsize="small")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
     save(figure, path)
 
 

@@ -5,44 +5,118 @@ Encoder and decoder are trained together on the evidence lower bound of Eq. 2.
     python hw2_step3_main.py                  train with the defaults below
     python hw2_step3_main.py --dry-run        a few batches, to look around
     python hw2_step3_main.py --sample-only    draw from the trained decoder
+    python hw2_step3_main.py --ablation       every variant below, over three seeds
 
 Writes into results/step3_vae/:
     loss.png              negative ELBO and its two terms over the epochs, training and test
-    reconstructions.png   test digits over their reconstructions
-    latent_plane.png      the latent plane, decoded at quantiles of the prior
-    latent_means.png      the posterior means of the test digits, coloured by digit
     samples.png           digits decoded from the prior
+    latent_plane.png      the latent plane, decoded at quantiles of the prior
+    territories.png       the same, and which digit the classifier sees where
+    latent_means.png      the posterior means of the test digits, coloured by digit
+    posterior.png         the aggregated posterior of the test digits against the prior
+    reconstructions.png   test digits over their reconstructions
+    extremes.png          the best and the worst reconstruction of each digit
+    walk.png              from one test digit to another, in the latent space and in pixels
     losses.csv, metrics.json, config.json, model.pt
+and after --ablation:
+    ablation.png          the figures of the variants by what they change
+    kl_weights.png        samples and latent plane at each KL weight
+    ablation.csv
 """
+
+import math
 
 import torch
 
-from models.VAE import VAE_model, kl_divergence, reconstruction_loss
-from utils import ablation, plotting, runs
-from utils.data import batches, binarize, load_mnist, to_unit
+from models.VAE import (
+    VAE_model,
+    active_units,
+    importance_bound,
+    kl_divergence,
+    plane_log_likelihood,
+    reconstruction_loss,
+)
+from utils import ablation, metrics, plotting, runs
+from utils.data import batches, binarize, distort, load_mnist, to_unit
 
 STEP = "step3_vae"
 NUM_PIXELS = 28 * 28
 
 DEFAULTS = dict(
-    num_epochs=100,  # passes over the 60,000 training images
+    num_epochs=120,  # passes over the 60,000 training images
     batch_size=128,
-    learning_rate=1e-3,  # falling to zero along a cosine
+    learning_rate=3e-3,  # falling to zero along a cosine; gets further in the same time than 1e-3
     kl_coeff=1.0,  # weight of the KL term; 1 is the ELBO
+    kl_warm_up=0.0,  # share of the training in which that weight rises from zero
     latent_dim=2,  # two, so that the latent plane can be looked at
     hidden_dims=(256, 256, 256),  # of the encoder, the decoder mirrors them; out of the assignment's set
     binarize="stochastic",  # training pixels: a fresh Bernoulli(x) draw at each step, or "none" for grey
+    distorted=0.0,  # share of the training images rotated, scaled and sheared a little,
+    distorted_until=0.9,  # up to this share of the training; the rest is on the images as they are
 )
 
 VARIANTS = {
+    "rate-1e-4": ("the lower end of the handout's learning rates", dict(learning_rate=1e-4)),
+    "rate-3e-4": ("do smaller steps end deeper?", dict(learning_rate=3e-4)),
+    "rate-1e-3": ("are the usual steps large enough?", dict(learning_rate=1e-3)),
+    "rate-1e-2": ("the upper end of the handout's learning rates", dict(learning_rate=1e-2)),
+    "batch-64": ("does twice the number of steps pay?", dict(batch_size=64)),
+    "batch-256": ("is the usual larger batch as good?", dict(batch_size=256)),
+    "batch-512": ("and a quarter of the steps?", dict(batch_size=512)),
+    "layers-256-128-64": ("layers that narrow towards the latent plane?", dict(hidden_dims=(256, 128, 64))),
+    "layers-128-64-32": ("the same, half as wide?", dict(hidden_dims=(128, 64, 32))),
+    "layers-64-64-64": ("a quarter of the width?", dict(hidden_dims=(64, 64, 64))),
+    "layers-16-16-16": ("how small may the layers be?", dict(hidden_dims=(16, 16, 16))),
+    "layers-256-256": ("is a layer less enough?", dict(hidden_dims=(256, 256))),
+    "layers-256x4": ("does a layer more help?", dict(hidden_dims=(256, 256, 256, 256))),
+    "kl-0.001": ("the lower end of the handout's KL weights: hardly a prior", dict(kl_coeff=1e-3)),
+    "kl-0.01": ("how little of the KL term keeps the plane together?", dict(kl_coeff=1e-2)),
+    "kl-0.1": ("better reconstructions for worse samples?", dict(kl_coeff=0.1)),
+    "kl-0.5": ("is the ELBO's weight the best one?", dict(kl_coeff=0.5)),
+    "kl-2": ("is a stronger prior a better one?", dict(kl_coeff=2.0)),
+    "kl-4": ("what does the plane lose under a strong prior?", dict(kl_coeff=4.0)),
+    "kl-warm-up": ("does the plane unfold better before the prior presses?", dict(kl_warm_up=0.3)),
     "grey": ("does it matter that the training pixels are binary?", dict(binarize="none")),
-    "weak-kl": ("what does the KL term do?", dict(kl_coeff=0.1)),
-    "latent-20": ("what do more latent dimensions buy?", dict(latent_dim=20)),
-    "small-layers": ("how small may the layers be?", dict(hidden_dims=(128, 64, 32))),
+    "distorted": ("do distorted training images help against overfitting?", dict(distorted=0.3)),
+    "epochs-20": ("how far does a sixth of the time get?", dict(num_epochs=20)),
+    "epochs-300": ("what does more than twice the time buy?", dict(num_epochs=300)),
+    "latent-5": ("what do more latent dimensions buy?", dict(latent_dim=5)),
+    "latent-10": ("and twice as many?", dict(latent_dim=10)),
+    "latent-20": ("how good is the number of the literature?", dict(latent_dim=20, num_epochs=200)),
+    "latent-50": ("are so many used?", dict(latent_dim=50, num_epochs=200)),
+    "grey-20": (
+        "the figure of torch's own example: 20 latent dimensions, grey pixels, 10 epochs",
+        dict(latent_dim=20, binarize="none", num_epochs=10),
+    ),
+}
+
+# Not with the others of --ablation, which all train for the same number of epochs.
+OTHER_EPOCHS = ("epochs-20", "epochs-300", "grey-20")
+# What a group of variants is about, by the beginning of their names.
+GROUPS = {
+    "rate-": "learning rate",
+    "batch-": "batch size",
+    "layers-": "hidden layers",
+    "kl-": "KL term",
+    "latent-": "latent dimensions",
+    "grey": "training pixels",
+    "distorted": "distorted images",
 }
 
 PLANE_SIDE = 20
+FINE_SIDE = 60  # points of the plane that the classifier judges, along each side
+NUM_JUDGED = 10_000  # samples that the metrics judge
+NUM_BOUND_SAMPLES = 500
+ABLATION_FLAGS = ["--epochs", "20", "--bound-samples", "100"]  # two hours on two cores with three seeds
+WALKS = ((1, 0), (7, 6))  # digits to walk from and to
+WALK_STEPS = 12
 ELBO_FORMULA = "-log p(x|z) + KL(q(z|x) || p(z)), mean over images, one draw of z each"
+# Test pixels, by how they are made: what keys of metrics.json end in, and what they are.
+PROTOCOLS = {
+    "stochastic": ("", "dynamically binarised, Bernoulli(x)"),
+    "none": ("_grey", "grey, as targets of the cross-entropy"),
+    "threshold": ("_threshold", "thresholded, x > 0.5"),
+}
 
 
 def loss_func(model, x, coeff):
@@ -62,24 +136,37 @@ def loss_terms(model, x):
     return reconstruction, kl_divergence(outputs["mean"], outputs["logvar"]).mean()
 
 
+def kl_weight(options, share):
+    """The KL term's weight when a share of the training is done (warm-up: Sonderby et al. 2016, arXiv 1602.02282)."""
+    warm_up = options["kl_warm_up"]
+    return options["kl_coeff"] * (min(1, share / warm_up) if warm_up else 1)
+
+
 def train(run, model, train_set, test_set):
     """Minimise `loss_func` over uint8 images."""
     options = run.options
     num_epochs, batch_size, how = (options[key] for key in ("num_epochs", "batch_size", "binarize"))
-    optimizer = torch.optim.Adam(model.parameters(), lr=options["learning_rate"])
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_epochs)
+    steps = num_epochs * math.ceil(len(train_set[0]) / batch_size)
+    optimizer = torch.optim.Adam(model.parameters(), lr=options["learning_rate"], fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: (1 + math.cos(math.pi * min(1, run.share_done(step / steps)))) / 2
+    )
     run.start(model=model, optimizer=optimizer, schedule=schedule)
     if run.epoch == run.batch == 0:
         log_epoch(run, model, train_set, test_set, epoch=0)
 
     for epoch in run.epochs(num_epochs):
-        for x, _ in run.progress(batches(*train_set, batch_size, run.order())):
-            loss = loss_func(model, binarize(x, how), options["kl_coeff"])
+        for images, _ in run.progress(batches(*train_set, batch_size, run.order())):
+            share = run.share_done(schedule.last_epoch / steps)
+            if share < options["distorted_until"]:
+                images = distort(images, options["distorted"])
+            coeff = kl_weight(options, share)
+            loss = loss_func(model, binarize(images, how), coeff)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            run.add(len(x), loss=loss.item())
-        schedule.step()
+            schedule.step()
+            run.add(len(images), loss=loss.item())
         log_epoch(run, model, train_set, test_set, epoch)
 
 
@@ -87,7 +174,8 @@ def log_epoch(run, model, train_set, test_set, epoch):
     row = dict(loss=run.means().get("loss"))
     # As many training images as test images, after the epoch, so that the two compare.
     for name, (images, _) in (("train", train_set), ("test", test_set)):
-        reconstruction, kl = evaluate(model, images[: len(test_set[0])], run.options["binarize"])
+        x = binarize(images[: len(test_set[0])], run.options["binarize"])
+        reconstruction, kl = evaluate(model, x)
         row |= {
             f"{name}_elbo": -reconstruction - kl,
             f"{name}_reconstruction": reconstruction,
@@ -98,12 +186,18 @@ def log_epoch(run, model, train_set, test_set, epoch):
 
 
 @torch.no_grad()
-def evaluate(model, images, how, batch_size=1000):
-    """Reconstruction term and KL in nats, means over uint8 images, with one draw of z for each."""
+def evaluate(model, x, batch_size=1000):
+    """Reconstruction term and KL in nats, means over images x in [0, 1], with one draw of z for each."""
     totals = torch.zeros(2)
-    for x in images.split(batch_size):
-        totals += len(x) * torch.stack(loss_terms(model, binarize(x, how))).cpu()
-    return (totals / len(images)).tolist()
+    for chunk in x.split(batch_size):
+        totals += len(chunk) * torch.stack(loss_terms(model, chunk)).cpu()
+    return (totals / len(x)).tolist()
+
+
+@torch.no_grad()
+def posterior_means(model, images, batch_size=1000):
+    """The mean of q(z|x) for grey uint8 images: (N, latent_dim)."""
+    return torch.cat([model.encode(to_unit(chunk))[0] for chunk in images.split(batch_size)])
 
 
 def draw_losses(run):
@@ -123,24 +217,56 @@ def draw_losses(run):
 
 
 @torch.no_grad()
-def draw_reconstructions(run, model, images):
-    """Twenty test digits in two rows, each over its reconstruction from the posterior mean."""
+def draw_reconstructions(run, model, images, labels):
+    """Twenty test digits, each over its reconstruction from the posterior mean; the best and the worst of each digit."""
     columns = 10
-    x = to_unit(images[: 2 * columns])
-    mean, _ = model.encode(x)
-    decoded = model.decode(mean).reshape(x.shape)
-    rows = [half for pair in zip(x.split(columns), decoded.split(columns)) for half in pair]
+    x = to_unit(images)
+    means = posterior_means(model, images)
+    decoded = torch.cat([model.decode(mean) for mean in means.split(1000)])
+    loss = reconstruction_loss(decoded, x)
+    decoded = decoded.reshape(x.shape)
+
+    first = range(2 * columns)
+    rows = [half for some in (first[:columns], first[columns:]) for half in (x[some], decoded[some])]
     plotting.save_images(
-        run.folder / "reconstructions.png",
-        torch.cat(rows),
-        columns,
-        ["original", "reconstruction"] * (len(rows) // 2),
+        run.folder / "reconstructions.png", torch.cat(rows), columns, ["original", "reconstruction"] * 2
     )
+    rows, names = [], []
+    for name, sign in (("best", 1), ("worst", -1)):
+        order = (sign * loss).argsort()
+        chosen = [order[labels[order] == digit][0].item() for digit in labels.unique()]
+        rows += [x[chosen], decoded[chosen]]
+        names += [f"{name}, original", "reconstruction"]
+    plotting.save_images(run.folder / "extremes.png", torch.cat(rows), len(rows[0]), names)
 
 
 @torch.no_grad()
-def plot_latent_images(model, path, side=PLANE_SIDE):
-    """Decode a side x side grid of quantiles of the prior, z_1 to the right and z_2 upwards.
+def draw_walk(run, model, images, labels):
+    """From a typical test digit to another in equal steps, between their posterior means and between their pixels."""
+    means = posterior_means(model, images)
+    share = torch.linspace(0, 1, WALK_STEPS, device=means.device)[:, None]
+    rows = []
+    for digits in WALKS:
+        ends = [typical(means, labels, digit) for digit in digits]
+        for start, end, decode in (
+            (*means[ends], model.decode),
+            (*to_unit(images[ends]).flatten(1), torch.clone),
+        ):
+            rows.append(decode((1 - share) * start + share * end).reshape(-1, 1, 28, 28))
+    plotting.save_images(
+        run.folder / "walk.png", torch.cat(rows), WALK_STEPS, ["latent space", "pixels"] * len(WALKS)
+    )
+
+
+def typical(means, labels, digit):
+    """Index of the image of a digit whose posterior mean is nearest to the median of that digit's."""
+    chosen = (labels == digit).nonzero().flatten()
+    return chosen[(means[chosen] - means[chosen].median(0).values).norm(dim=1).argmin()].item()
+
+
+@torch.no_grad()
+def decode_plane(model, side):
+    """Decode a side x side grid of quantiles of the prior, z_1 to the right and z_2 upwards: (side^2, 1, 28, 28).
 
     Further latent dimensions stay at zero, the middle of the prior.
     """
@@ -148,48 +274,149 @@ def plot_latent_images(model, path, side=PLANE_SIDE):
     z = torch.zeros(side * side, model.z_size)
     z[:, 0] = quantiles.repeat(side)
     z[:, 1] = quantiles.flip(0).repeat_interleave(side)
-    images = model.decode(z.to(next(model.parameters()).device)).reshape(-1, 1, 28, 28)
-    plotting.save_images(path, images, side, scale=0.3)
+    return model.decode(z.to(next(model.parameters()).device)).reshape(-1, 1, 28, 28)
 
 
-@torch.no_grad()
-def draw_means(run, model, images, labels):
-    mean, _ = model.encode(to_unit(images))
-    plotting.save_scatter(
-        run.folder / "latent_means.png", mean[:, :2].cpu(), labels.cpu(), "posterior means of the test digits"
-    )
+def plot_latent_images(model, path, side=PLANE_SIDE):
+    """The latent plane as `decode_plane` gives it."""
+    plotting.save_images(path, decode_plane(model, side), side, scale=0.3)
 
 
 def draw_samples(run, model):
+    """The figures that need the decoder alone."""
     noise = torch.Generator().manual_seed(run.args.seed)
     plotting.save_images(run.folder / "samples.png", model.sample(100, noise), columns=10)
     plot_latent_images(model, run.folder / "latent_plane.png")
+    digits = metrics.classify(decode_plane(model, FINE_SIDE).cpu()).reshape(FINE_SIDE, FINE_SIDE)
+    plotting.save_territories(
+        run.folder / "territories.png", decode_plane(model, PLANE_SIDE), PLANE_SIDE, digits
+    )
+
+
+@torch.no_grad()
+def draw_posteriors(run, model, images, labels):
+    """Where q(z|x) of the test digits lies; of more than two latent dimensions the first two."""
+    mean, logvar = model.encode(to_unit(images))
+    plotting.save_scatter(
+        run.folder / "latent_means.png", mean[:, :2].cpu(), labels.cpu(), "posterior means of the test digits"
+    )
+    z = model.reparameterize(mean, logvar)[:, :2].cpu()
+    plotting.save_posterior(run.folder / "posterior.png", z, "aggregated posterior of the test digits")
 
 
 def write_metrics(run, model, train_set, test_set):
-    """Final figures on both scales: binary pixels, that of the literature, and grey ones."""
-    metrics = {}
-    for how, protocol in (("stochastic", "dynamically binarised"), ("none", "grey pixels as targets")):
-        sizes = dict(pixels=protocol, train_images=len(train_set[0]), test_images=len(test_set[0]))
-        reconstruction, kl = evaluate(model, test_set[0], how)
-        for name, value, formula in (
-            ("negative_elbo", reconstruction + kl, ELBO_FORMULA),
-            ("reconstruction", reconstruction, "-log p(x|z)"),
-            ("kl", kl, "1/2 sum_j (sigma_j^2 + mu_j^2 - 1 - log sigma_j^2)"),
+    """Final figures; those of different pixels are on different scales, binarised ones on the literature's."""
+    (train_images, train_labels), (images, labels) = train_set, test_set
+    # A dry run is to be quick.
+    few = run.args.dry_run
+    num_samples = min(run.args.bound_samples, 5) if few else run.args.bound_samples
+    unit, sizes = "nats per image", dict(train_images=len(train_images), test_images=len(images))
+    results = {}
+    for how, (suffix, pixels) in PROTOCOLS.items():
+        x = binarize(images, how, torch.Generator(run.device).manual_seed(0))
+        reconstruction, kl = evaluate(model, x)
+        bound = -importance_bound(model, x, num_samples).mean().item()
+        for name, value, formula, more in (
+            ("negative_elbo", reconstruction + kl, ELBO_FORMULA, {}),
+            ("reconstruction", reconstruction, "-log p(x|z), one draw of z for each image", {}),
+            ("kl", kl, "1/2 sum_j (sigma_j^2 + mu_j^2 - 1 - log sigma_j^2)", {}),
+            (
+                "bound",
+                bound,
+                "-log 1/K sum_k p(x|z_k) p(z_k) / q(z_k|x), z_k from the encoder's q(z|x), mean over images",
+                dict(samples=num_samples),
+            ),
         ):
-            key = f"test_{name}" if how == "stochastic" else f"test_{name}_grey"
-            metrics[key] = runs.metric(value, "nats per image", formula, **sizes)
+            results[f"test_{name}{suffix}"] = runs.metric(
+                value, unit, formula, pixels=pixels, **more, **sizes
+            )
+        if how == "stochastic" and model.z_size == 2:
+            spacing = 0.2 if few else 0.04
+            results["test_nll"] = runs.metric(
+                -plane_log_likelihood(model, x, spacing).mean().item(),
+                unit,
+                "-log of the integral of p(x|z) p(z) over the latent plane, a sum over a grid, mean over images",
+                grid_spacing=spacing,
+                pixels=pixels,
+                **sizes,
+            )
     best = max(run.history["test_elbo"])
-    metrics["best_test_negative_elbo"] = runs.metric(
+    results["best_test_negative_elbo"] = runs.metric(
         -best,
-        "nats per image",
+        unit,
         ELBO_FORMULA,
         epoch=run.history["test_elbo"].index(best),
-        pixels=run.options["binarize"],
-        train_images=len(train_set[0]),
-        test_images=len(test_set[0]),
+        pixels=PROTOCOLS[run.options["binarize"]][1],
+        **sizes,
     )
-    run.finish(**metrics)
+
+    means, train_means = posterior_means(model, images), posterior_means(model, train_images)
+    results["active_units"] = runs.metric(
+        float(active_units(means)),
+        f"latent dimensions of {model.z_size}",
+        "variance over the grey test images of the posterior mean > 0.01",
+        **sizes,
+    )
+    for name, what, points, references in (
+        ("neighbour_accuracy", "posterior means, of grey images", means, train_means),
+        ("neighbour_accuracy_pixels", "grey pixels", to_unit(images), to_unit(train_images)),
+    ):
+        results[name] = runs.metric(
+            metrics.neighbour_accuracy(points, labels, references, train_labels),
+            "share of test images",
+            f"the nearest training image has the same label, by Euclidean distance of {what}",
+            **sizes,
+        )
+    count = 100 if few else NUM_JUDGED
+    results |= metrics.judge(
+        model.sample(count).cpu(),
+        "none",
+        run.args.held_out,
+        run.args.data_dir,
+        num_real=count if few else None,
+    )
+    run.finish(**results)
+
+
+def draw_ablation(folder, folders):
+    """ablation.png and kl_weights.png, of the runs in `folders`, by variant."""
+    rows = {row["variant"]: row for row in runs.read_csv(folder / "ablation.csv")}
+    groups = {title: [name for name in rows if name.startswith(start)] for start, title in GROUPS.items()}
+    groups = {title: ["default", *names] for title, names in groups.items() if names}
+
+    def series(**keys):
+        return {
+            label: {name: (row[f"{key}_mean"], row[f"{key}_std"]) for name, row in rows.items()}
+            for label, key in keys.items()
+        }
+
+    panels = [
+        ("nats per image, held-out", {"-ELBO": "test_negative_elbo", "importance bound": "test_bound"}),
+        (
+            "accuracy of the nearest neighbour",
+            {"posterior means": "neighbour_accuracy", "grey pixels": "neighbour_accuracy_pixels"},
+        ),
+        ("Frechet distance of samples", {"samples": "frechet_distance"}),
+    ]
+    plotting.save_ablation(
+        folder / "ablation.png", groups, [(xlabel, series(**keys)) for xlabel, keys in panels]
+    )
+    weights = {DEFAULTS["kl_coeff"]: folders["default"]} | {
+        VARIANTS[name][1]["kl_coeff"]: place
+        for name, place in folders.items()
+        if name != "default" and list(VARIANTS[name][1]) == ["kl_coeff"]
+    }
+    models = {weight: load_model(weights[weight] / "model.pt") for weight in sorted(weights)}
+    side = 5
+    plotting.save_grid_table(
+        folder / "kl_weights.png",
+        {
+            f"weight {weight:g}": (model.sample(side**2), decode_plane(model, side))
+            for weight, model in models.items()
+        },
+        ["samples", "latent plane"],
+        side,
+    )
 
 
 def load_model(path, device="cpu"):
@@ -207,10 +434,21 @@ def main():
         type=runs.whole_number(2),
         help=f"latent dimensions, two or more ({DEFAULTS['latent_dim']})",
     )
+    parser.add_argument(
+        "--bound-samples",
+        type=runs.whole_number(1),
+        default=NUM_BOUND_SAMPLES,
+        metavar="K",
+        help=f"samples of each image in the importance-weighted bound ({NUM_BOUND_SAMPLES})",
+    )
     args = parser.parse_args()
     options = runs.choose_options(parser, args, DEFAULTS, VARIANTS)
     if args.ablation or args.seeds:
-        return ablation.run_all(__file__, STEP, args, VARIANTS)
+        comparable = {name: VARIANTS[name] for name in VARIANTS if name not in OTHER_EPOCHS}
+        folders = ablation.run_all(__file__, STEP, args, comparable, ABLATION_FLAGS)
+        if args.ablation:
+            draw_ablation(runs.results_folder(STEP, args), folders)
+        return
     run = runs.Run(STEP, args, options)
     if args.sample_only:
         draw_samples(run, load_model(run.folder / "model.pt", run.device))
@@ -225,8 +463,8 @@ def main():
     runs.save_model(run.folder / "model.pt", STEP, model, network)
     write_metrics(run, model.eval(), train_set, test_set)
     draw_losses(run)
-    draw_reconstructions(run, model, test_images)
-    draw_means(run, model, test_images, test_labels)
+    for draw in (draw_reconstructions, draw_walk, draw_posteriors):
+        draw(run, model, test_images, test_labels)
     draw_samples(run, model)
 
 

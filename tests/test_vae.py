@@ -1,5 +1,7 @@
-"""Step 3: interface, the loss against torch.distributions and by hand."""
+"""Step 3: interface, the loss against torch.distributions and by hand, the estimates of log p(x)."""
 
+import itertools
+import json
 import math
 
 import pytest
@@ -9,7 +11,18 @@ from torch.distributions import Bernoulli, Normal
 from torch.distributions import kl_divergence as kl_of
 
 import hw2_step3_main as step3
-from models.VAE import VAE_model, kl_divergence, reconstruction_loss
+from models import VAE
+from models.VAE import (
+    VAE_model,
+    active_units,
+    importance_bound,
+    kl_divergence,
+    plane_log_likelihood,
+    reconstruction_loss,
+)
+from tests.conftest import ROOT
+from utils import metrics
+from utils.data import binarize, load_mnist
 
 
 def test_architecture_and_shapes():
@@ -32,6 +45,17 @@ def test_kl_against_torch_distributions():
     mean, logvar = torch.randn(6, 5), torch.randn(6, 5)
     expected = kl_of(Normal(mean, (0.5 * logvar).exp()), Normal(0.0, 1.0)).sum(1)
     assert torch.allclose(kl_divergence(mean, logvar), expected, rtol=1e-5)
+
+
+def test_kl_against_monte_carlo():
+    """KL = E_q [log q(z) - log p(z)], by 400,000 draws: within five standard errors."""
+    mean, logvar = torch.tensor([0.5, -1.0, 2.0]), torch.tensor([-1.0, 0.5, -3.0])
+    q, p = Normal(mean, (0.5 * logvar).exp()), Normal(0.0, 1.0)
+    z = q.sample((400_000,))
+    log_ratio = (q.log_prob(z) - p.log_prob(z)).sum(1)
+    error = log_ratio.std() / len(z) ** 0.5
+    assert error < 0.01
+    assert abs(kl_divergence(mean[None], logvar[None]).item() - log_ratio.mean()) < 5 * error
 
 
 def test_kl_known_values():
@@ -78,7 +102,7 @@ def test_terms_average_over_images_with_a_short_last_batch():
     nn.init.constant_(model.decoder[-2].bias, math.log(0.2 / 0.8))
     images = torch.zeros(5, 1, 28, 28, dtype=torch.uint8)
     images[4] = 255
-    reconstruction, kl = step3.evaluate(model, images, "none", batch_size=2)
+    reconstruction, kl = step3.evaluate(model, binarize(images, "none"), batch_size=2)
     assert reconstruction == pytest.approx(784 * (-4 * math.log(0.8) - math.log(0.2)) / 5, rel=1e-5)
     assert kl == pytest.approx(0, abs=1e-6)
 
@@ -91,3 +115,189 @@ def test_sampling_is_repeatable_and_leaves_the_global_state():
     assert images.shape == (4, 1, 28, 28) and images.min() >= 0 and images.max() <= 1
     assert torch.equal(images, model.sample(4))
     assert not torch.equal(images, model.sample(4, torch.Generator().manual_seed(1)))
+
+
+def constant_model(logit=0.0):
+    """Whatever z, every pixel is on with probability sigmoid(logit); q(z|x) = N((1, -0.5), diag(1/4, 2))."""
+    model = VAE_model(784, [16, 4])
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    nn.init.constant_(model.decoder[-2].bias, logit)
+    model.encoder[-1].bias.data = torch.tensor([1.0, -0.5, math.log(0.25), math.log(2)])
+    return model
+
+
+@pytest.mark.parametrize("prior_share", [0.0, 0.3, 0.5, 1.0])
+def test_the_bound_of_a_decoder_that_ignores_z(prior_share):
+    """log p(x) is that of independent pixels; what is averaged is then p(z) / r(z), whose mean is one."""
+    x = (torch.rand(3, 1, 28, 28) < 0.2).float()
+    expected = Bernoulli(logits=torch.tensor(-1.0)).log_prob(x).sum((1, 2, 3))
+    bound = importance_bound(constant_model(-1.0), x, 50_000, prior_share=prior_share)
+    # Samples from the prior alone are exact, with each weight one. Those of the narrow q alone leave rare, large
+    # weights: their variance does not exist, and the error falls slowly.
+    tolerance = {0.0: 0.3, 0.3: 0.03, 0.5: 0.03, 1.0: 1e-3}[prior_share]
+    assert torch.allclose(bound, expected, atol=tolerance, rtol=0)
+
+
+def tiny_model(num_pixels=3):
+    """Few pixels, so that every image can be counted, and a q(z|x) that is far from the posterior."""
+    torch.manual_seed(1)
+    model = VAE_model(num_pixels, [8, 4]).eval()
+    for parameter in model.decoder.parameters():
+        parameter.data *= 4
+    return model
+
+
+def test_probabilities_of_all_images_add_up_to_one():
+    model = tiny_model()
+    x = torch.tensor(list(itertools.product([0.0, 1.0], repeat=3)))
+    assert plane_log_likelihood(model, x, 0.1, 6.0).exp().sum().item() == pytest.approx(1, abs=1e-4)
+    bound = importance_bound(model, x, 100_000, prior_share=0.5)
+    assert bound.exp().sum().item() == pytest.approx(1, abs=0.02)
+    assert torch.allclose(bound, plane_log_likelihood(model, x, 0.1, 6.0), atol=0.05)
+
+
+def test_a_mixture_proposal_is_unbiased():
+    """The mean of exp(bound) over many estimates of two samples each is p(x), whatever the share of the prior."""
+    model, x = tiny_model(), torch.tensor([[1.0, 0.0, 1.0]])
+    expected = plane_log_likelihood(model, x, 0.1, 6.0).exp().item()
+    for prior_share in (0.5, 1.0):
+        estimates = importance_bound(model, x.expand(20_000, 3), 2, prior_share=prior_share).exp()
+        error = (estimates.std() / len(estimates) ** 0.5).item()
+        assert error < 0.02 * expected and abs(estimates.mean().item() - expected) < 5 * error
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """The committed model and 100 binarised test digits."""
+    _, (images, _) = load_mnist(ROOT / "data")
+    x = binarize(images[:100], "stochastic", torch.Generator().manual_seed(0))
+    return step3.load_model(ROOT / "results" / step3.STEP / "model.pt"), x
+
+
+def test_the_bound_agrees_with_integration_over_the_plane(trained):
+    """To 0.1 nat in the mean of 100 test images, with half of 10,000 samples from the prior."""
+    model, x = trained
+    exact = plane_log_likelihood(model, x, spacing=0.02)
+    bound = importance_bound(model, x, 10_000, prior_share=0.5)
+    assert abs(bound.mean() - exact.mean()) < 0.1
+    # By image: where q(z|x) is misplaced, a handful of the prior's samples are what counts.
+    assert (bound - exact).abs().quantile(0.9) < 0.5
+    # The grid of the reported figure is twice as coarse, and fine enough.
+    assert abs(plane_log_likelihood(model, x).mean() - exact.mean()) < 0.01
+
+
+def test_the_bound_grows_with_the_samples_from_the_elbo_to_log_p(trained):
+    """In expectation; the means over 100 images of independent draws have standard errors of about 0.1 nat."""
+    model, x = trained
+    torch.manual_seed(0)
+    with torch.no_grad():
+        elbo = -sum(sum(step3.loss_terms(model, x)).item() for _ in range(100)) / 100
+    bounds = [importance_bound(model, x, count).mean().item() for count in (1, 10, 100, 1000)]
+    assert bounds[0] == pytest.approx(elbo, abs=0.5)
+    assert elbo < bounds[1] < bounds[2] < bounds[3] < plane_log_likelihood(model, x).mean().item()
+
+
+def test_estimates_are_repeatable_and_leave_the_global_state():
+    model, x = VAE_model(784, [16, 4]), torch.rand(5, 1, 28, 28)
+    state = torch.get_rng_state()
+    first = importance_bound(model, x, 3)
+    assert torch.equal(state, torch.get_rng_state())
+    assert first.shape == (5,) and torch.equal(first, importance_bound(model, x, 3))
+    assert not torch.equal(first, importance_bound(model, x, 3, torch.Generator().manual_seed(1)))
+    for bad in (dict(num_samples=0), dict(num_samples=3, prior_share=1.5)):
+        with pytest.raises(ValueError):
+            importance_bound(model, x, **bad)
+    with pytest.raises(ValueError, match="two latent"):
+        plane_log_likelihood(VAE_model(784, [16, 6]), x)
+
+
+@pytest.mark.parametrize("num_samples", [1, 3, 40])
+def test_estimates_decode_a_bounded_number_at_once(num_samples, monkeypatch):
+    sizes, decode_logits = [], VAE_model.decode_logits
+    monkeypatch.setattr(VAE, "NUM_DECODED", 7)
+    monkeypatch.setattr(
+        VAE_model, "decode_logits", lambda self, z: sizes.append(len(z)) or decode_logits(self, z)
+    )
+    model, x = constant_model(), torch.rand(10, 1, 28, 28)
+    bound = importance_bound(model, x, num_samples, prior_share=1.0)
+    assert max(sizes) <= 7 and sum(sizes) == 10 * num_samples
+    assert torch.allclose(bound, torch.tensor(-784 * math.log(2)))
+    sizes.clear()
+    integral = plane_log_likelihood(model, x, spacing=0.5)
+    assert max(sizes) <= 7 and sum(sizes) == 400
+    assert torch.allclose(integral, torch.tensor(-784 * math.log(2)))
+
+
+def test_active_units_are_those_whose_mean_varies():
+    means = torch.tensor([[1.0, 0.3, 5.0], [-1.0, 0.3, 5.1], [0.0, 0.31, 4.9]])
+    assert active_units(means) == 1
+    assert active_units(means, threshold=0.005) == 2
+    assert active_units(torch.ones(4, 3)) == 0
+
+
+def test_neighbour_accuracy_by_brute_force():
+    points, references = torch.randn(40, 3), torch.randn(60, 3)
+    labels, theirs = torch.randint(3, (40,)), torch.randint(3, (60,))
+    hits = 0
+    for point, label in zip(points.tolist(), labels.tolist()):
+        distances = [math.dist(point, other) for other in references.tolist()]
+        hits += theirs[distances.index(min(distances))].item() == label
+    assert 0 < hits < 40
+    assert metrics.neighbour_accuracy(points, labels, references, theirs) == pytest.approx(hits / 40)
+
+
+def test_the_typical_image_is_nearest_to_the_median():
+    means = torch.tensor([[0.0, 0.0], [9.0, 9.0], [1.0, 1.0], [2.0, 2.0], [50.0, 50.0]])
+    assert step3.typical(means, torch.tensor([3, 7, 3, 3, 7]), 3) == 2
+
+
+def test_kl_warm_up_rises_to_the_weight():
+    options = dict(kl_coeff=2.0, kl_warm_up=0.25)
+    assert [step3.kl_weight(options, share) for share in (0, 0.125, 0.25, 0.9)] == [0, 1, 2, 2]
+    assert step3.kl_weight({**options, "kl_warm_up": 0.0}, 0) == 2
+
+
+def test_training_warms_the_kl_term_up_and_ends_on_undistorted_images(call_step, monkeypatch, tmp_path):
+    coeffs, loss_func, distorted = [], step3.loss_func, []
+    monkeypatch.setattr(
+        step3, "loss_func", lambda model, x, coeff: coeffs.append(coeff) or loss_func(model, x, coeff)
+    )
+    monkeypatch.setattr(step3, "distort", lambda images, share: distorted.append(share) or images)
+    for name, value in dict(kl_warm_up=0.5, distorted=0.3, distorted_until=0.6).items():
+        monkeypatch.setitem(step3.DEFAULTS, name, value)
+    done = call_step(step3, "--dry-run", "--kl-coeff", 3, "--batch-size", 8, "--out-dir", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert coeffs == pytest.approx([0, 1, 2, 3, 3, 3])
+    assert distorted == [0.3] * 4
+
+
+def test_minutes_limit_the_training(call_step, monkeypatch, tmp_path):
+    """On few images, many short epochs until the time is over, and the learning rate falls with the time."""
+    few = [(images[:200], labels[:200]) for images, labels in load_mnist(ROOT / "data")]
+    monkeypatch.setattr(step3, "load_mnist", lambda *_: few)
+    monkeypatch.setattr(step3, "write_metrics", lambda run, *_: run.finish())
+    monkeypatch.setattr(step3, "draw_samples", lambda *_: None)
+    minutes = 0.05
+    done = call_step(step3, "--minutes", minutes, "--batch-size", 20, "--out-dir", tmp_path)
+    assert done.returncode == 0, done.stderr
+    seconds = json.loads((tmp_path / "metrics.json").read_text())["wall_time"]["value"]
+    # The last checkpoint is written after the clock is read.
+    assert 60 * minutes - 0.5 <= seconds < 60 * minutes + 5
+    schedule = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["tracked"]["schedule"]
+    assert schedule["_last_lr"] == [pytest.approx(0, abs=3e-4)]
+
+
+def test_final_figures_are_labelled(call_step, tmp_path):
+    """Three latent dimensions: no integration over a plane, everything else."""
+    flags = ["--dry-run", "--latent-dim", 3, "--bound-samples", 2, "--out-dir", tmp_path]
+    done = call_step(step3, *flags)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "metrics.json").read_text())
+    for suffix, pixels in (("", "dynamically"), ("_grey", "grey"), ("_threshold", "thresholded")):
+        for name in ("negative_elbo", "reconstruction", "kl", "bound"):
+            entry = results[f"test_{name}{suffix}"]
+            assert entry["pixels"].startswith(pixels) and entry["unit"] == "nats per image"
+        assert results[f"test_bound{suffix}"]["samples"] == 2
+    assert results["active_units"]["unit"] == "latent dimensions of 3" and "test_nll" not in results
+    assert {"neighbour_accuracy", "neighbour_accuracy_pixels", "frechet_distance"} <= results.keys()

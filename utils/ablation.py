@@ -31,7 +31,7 @@ def run_all(script, step, args, variants, flags=()):
     Each run goes into seeds/seed_S below the results and is a process of its own: one thread and as many at
     once as there are cores on the CPU, one at a time on a GPU. With `--resume` finished runs are kept as they
     are and interrupted ones go on; it takes the flags of the first time, which seeds/flags.json keeps. The
-    table, ablation.csv or seeds.csv, has the mean and standard deviation of every figure.
+    table, ablation.csv or seeds.csv, has the mean and standard deviation of every figure that the first run has.
 
     Args:
         variants: those of `--ablation` without `--variant`.
@@ -146,10 +146,13 @@ def _other_flags():
 
 
 def _table(names, seeds, results):
-    """Columns: the variant, the number of seeds, then mean and standard deviation of each metric."""
+    """Columns: the variant, the number of seeds, then mean and standard deviation of each metric that it has."""
     table = {"variant": [name or "default" for name in names], "seeds": [len(seeds)] * len(names)}
     for key in results[names[0], seeds[0]]:
-        values = [[results[name, seed][key]["value"] for seed in seeds] for name in names]
-        table[f"{key}_mean"] = [statistics.fmean(each) for each in values]
+        values = [
+            [results[name, seed][key]["value"] for seed in seeds if key in results[name, seed]]
+            for name in names
+        ]
+        table[f"{key}_mean"] = [statistics.fmean(each) if each else None for each in values]
         table[f"{key}_std"] = [statistics.stdev(each) if len(each) > 1 else None for each in values]
     return table

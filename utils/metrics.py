@@ -241,3 +241,8 @@ def nearest(samples, images):
     """Index of the image nearest to each sample in pixels, Euclidean: (N,)."""
     samples, images = samples.flatten(1), images.flatten(1)
     return torch.cat([torch.cdist(chunk, images).argmin(1) for chunk in samples.split(CHUNK)])
+
+
+def neighbour_accuracy(points, labels, references, reference_labels):
+    """Share of points (N, ...) whose nearest reference (M, ...), Euclidean, has their label: a float."""
+    return (reference_labels[nearest(points, references)] == labels).float().mean().item()

@@ -293,6 +293,7 @@ def write_metrics(run, generator, images):
 
     def mean(name):
         pairs = [(v, n) for v, n in zip(run.history[name][-len(sizes) :], sizes) if v is not None]
+        # With a large --d-freq an epoch may be without an update of the generator.
         return sum(value * size for value, size in pairs) / sum(size for _, size in pairs) if pairs else None
 
     started = time.perf_counter()
@@ -304,8 +305,7 @@ def write_metrics(run, generator, images):
     quality = metrics.judge(
         generator.sample(count), held_out=run.args.held_out, data_dir=run.args.data_dir, num_real=num_real
     )
-    run.finish(
-        **quality,
+    figures = dict(
         sampling_time=runs.metric(
             sampling, "seconds", "wall time of drawing 64 images", hardware=runs.hardware(run.device)
         ),
@@ -316,6 +316,7 @@ def write_metrics(run, generator, images):
         d_real=runs.metric(mean("d_real"), "probability", "D(x)", optimum=0.5, **protocol),
         d_fake=runs.metric(mean("d_fake"), "probability", "D(G(z))", optimum=0.5, **protocol),
     )
+    run.finish(**quality, **{name: each for name, each in figures.items() if each["value"] is not None})
 
 
 def draw_ablation(folders, path):

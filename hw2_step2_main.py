@@ -323,13 +323,13 @@ def write_metrics(run, network, train_set, test_set):
             "argmax_y log p(x | y) is the label; in the precision of the training",
             **protocol,
         )
-        digits = torch.arange(NUM_JUDGED, device=run.device) % NUM_CLASSES
+        (digits,) = run.limit(torch.arange(NUM_JUDGED, device=run.device) % NUM_CLASSES)
         verdicts = metrics.classify(network.sample(digits))
         results["recognised"] = runs.metric(
             (verdicts == digits).float().mean().item(),
             "share of samples",
             "the digit classifier sees the digit that was asked for",
-            samples=NUM_JUDGED,
+            samples=len(digits),
         )
     run.finish(**results)
     draw_knowledge(run, network, test_set, nll, guesses)

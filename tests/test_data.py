@@ -1,13 +1,12 @@
 """Data: verification, unpacking by many processes at once, batches, ranges."""
 
-import os
+import itertools
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 
+from tests import children
 from tests.conftest import ROOT
 from utils.data import UNPACKED_MD5, batches, binarize, distort, load_mnist, to_symmetric, to_unit
 from utils.runs import UserError
@@ -25,6 +24,23 @@ def archives(tmp_path):
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def unpacked_once(tmp_path_factory):
+    raw = tmp_path_factory.mktemp("data") / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name in UNPACKED_MD5:
+        shutil.copy(RAW / f"{name}.gz", raw)
+    load_mnist(raw.parent.parent)
+    return raw
+
+
+@pytest.fixture
+def unpacked(unpacked_once, tmp_path):
+    """A data folder with archives and unpacked files, as after the first run."""
+    shutil.copytree(unpacked_once, tmp_path / "MNIST" / "raw")
+    return tmp_path
+
+
 def test_unpacks_and_loads(archives):
     (images, labels), (test_images, test_labels) = load_mnist(archives)
     assert images.shape == (60_000, 1, 28, 28) and images.dtype == torch.uint8
@@ -39,36 +55,29 @@ def test_unpacks_and_loads(archives):
     assert names == set(UNPACKED_MD5) | {f"{name}.gz" for name in UNPACKED_MD5}
 
 
-def test_eight_processes_start_together(archives):
-    code = "import sys; from utils.data import load_mnist; print(load_mnist(sys.argv[1])[0][0].sum().item())"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, archives], cwd=ROOT, env=environment, stdout=subprocess.PIPE
-        )
-        for _ in range(8)
-    ]
-    printed = {process.communicate()[0].strip() for process in started}
-    assert all(process.returncode == 0 for process in started) and printed == {b"1567298545"}
+def test_eight_processes_start_together(archives, start):
+    together = [start(children.print_sum, archives) for _ in range(8)]
+    ended = [child.end() for child in together]
+    assert all(done.returncode == 0 for done in ended), ended
+    assert {done.stdout.strip() for done in ended} == {"1567298545"}
+    assert not list((archives / "MNIST" / "raw").glob(".unpack-*"))
 
 
-def test_existing_data_needs_no_archives_and_nothing_is_written(archives):
-    load_mnist(archives)
-    raw = archives / "MNIST" / "raw"
+def test_existing_data_needs_no_archives_and_nothing_is_written(unpacked):
+    raw = unpacked / "MNIST" / "raw"
     for name in UNPACKED_MD5:
         (raw / f"{name}.gz").unlink()
     before = {path: path.stat().st_mtime_ns for path in [raw, *raw.iterdir()]}
-    load_mnist(archives)
+    load_mnist(unpacked)
     assert before == {path: path.stat().st_mtime_ns for path in [raw, *raw.iterdir()]}
 
 
 @pytest.mark.parametrize("name", sorted(UNPACKED_MD5))
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 @pytest.mark.parametrize("damage", ["truncated", "altered", "folder"])
-def test_damaged_files_are_refused_by_name(archives, name, suffix, damage):
-    path = archives / "MNIST" / "raw" / (name + suffix)
-    if not suffix:
-        load_mnist(archives)
+def test_damaged_files_are_refused_by_name(request, name, suffix, damage):
+    folder = request.getfixturevalue("archives" if suffix else "unpacked")
+    path = folder / "MNIST" / "raw" / (name + suffix)
     content = bytearray(path.read_bytes())
     path.unlink()
     if damage == "folder":
@@ -79,23 +88,43 @@ def test_damaged_files_are_refused_by_name(archives, name, suffix, damage):
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
     with pytest.raises(UserError, match=name):
+        load_mnist(folder)
+
+
+@pytest.mark.parametrize("first, second", [*itertools.combinations(sorted(UNPACKED_MD5), 2)])
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_swapped_files_are_refused_by_name(request, first, second, suffix):
+    folder = request.getfixturevalue("archives" if suffix else "unpacked")
+    raw = folder / "MNIST" / "raw"
+    for source, target in ((first, "aside"), (second, first), ("aside", second)):
+        (raw / (source + suffix)).rename(raw / (target + suffix))
+    with pytest.raises(UserError, match=f"{first}|{second}"):
+        load_mnist(folder)
+
+
+@pytest.mark.parametrize("name", sorted(UNPACKED_MD5))
+def test_missing_archive_that_cannot_be_downloaded_is_named(archives, name, monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", ["http://127.0.0.1:9/"])
+    (archives / "MNIST" / "raw" / f"{name}.gz").unlink()
+    with pytest.raises(UserError, match=f"{name}.gz"):
         load_mnist(archives)
 
 
-def test_missing_archive_that_cannot_be_downloaded_is_named(archives, monkeypatch):
-    monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", ["http://127.0.0.1:9/"])
-    (archives / "MNIST" / "raw" / "t10k-labels-idx1-ubyte.gz").unlink()
-    with pytest.raises(UserError, match="t10k-labels-idx1-ubyte.gz"):
-        load_mnist(archives)
+@pytest.mark.parametrize("name", sorted(UNPACKED_MD5))
+def test_missing_unpacked_file_is_unpacked_again(unpacked, name):
+    path = unpacked / "MNIST" / "raw" / name
+    before = path.read_bytes()
+    path.unlink()
+    load_mnist(unpacked)
+    assert path.read_bytes() == before
 
 
-def test_archives_of_unpacked_files_are_not_needed(archives, monkeypatch):
-    load_mnist(archives)
+def test_archives_of_unpacked_files_are_not_needed(unpacked, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", ["http://127.0.0.1:9/"])
-    raw = archives / "MNIST" / "raw"
+    raw = unpacked / "MNIST" / "raw"
     (raw / "train-images-idx3-ubyte.gz").unlink()
     (raw / "t10k-labels-idx1-ubyte").unlink()
-    assert load_mnist(archives)[1][1][:3].tolist() == [7, 2, 1]
+    assert load_mnist(unpacked)[1][1][:3].tolist() == [7, 2, 1]
 
 
 def test_folder_that_is_a_file(tmp_path):

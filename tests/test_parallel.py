@@ -3,8 +3,10 @@
 import csv
 import json
 import os
+import socket
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import torch
 import hw2_step1_main as step1
 import hw2_step2_main as step2
 from models.AR import PixelCNN
+from tests import children
 from tests.conftest import ROOT
 from utils import parallel
 
@@ -35,45 +38,59 @@ def losses(folder):
     return [float(row[key]) for row in rows for key in ("train_nll", "test_nll") if row[key]]
 
 
-# 7 does not divide into two equal shares; of a batch of one image one process has none.
-@pytest.mark.parametrize("flags", [["--batch-size", 7], ["--conditional", "--batch-size", 1]])
-def test_two_processes_give_what_one_gives(flags, run_step, tmp_path):
-    flags = ["--dry-run", "--binarize", "stochastic", *flags, "--out-dir"]
+@pytest.fixture
+def train_by_two(start):
+    """Train by two processes that have the environment of torchrun's; returns both, ended."""
+
+    def train(name, flags, *hooks):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        by_rank = [[partial(children.join_as, rank, port), *hooks] for rank in (0, 1)]
+        return [process.end() for process in [start(children.train, name, flags, *each) for each in by_rank]]
+
+    return train
+
+
+def assert_equal_runs(two, one):
+    assert json.loads((two / "config.json").read_text())["processes"] == 2
+    assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
+    assert losses(two) == pytest.approx(losses(one), rel=1e-3)
+
+
+def test_two_processes_of_torchrun_give_what_one_gives(run_step, tmp_path):
+    """7 images do not divide into two equal shares."""
+    flags = ["--dry-run", "--binarize", "stochastic", "--batch-size", 7, "--out-dir"]
     done = torchrun("hw2_step2_main.py", *flags, tmp_path / "two")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch 2/2") == 1 and done.stdout.count("results in") == 1
     assert run_step("hw2_step2_main.py", *flags, tmp_path / "one").returncode == 0
-    assert json.loads((tmp_path / "two" / "config.json").read_text())["processes"] == 2
-    assert {path.name for path in (tmp_path / "two").iterdir()} == {
-        path.name for path in (tmp_path / "one").iterdir()
-    }
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
+    assert_equal_runs(tmp_path / "two", tmp_path / "one")
 
 
-def test_resume_of_two_processes(tmp_path):
-    """A checkpoint after the first of two epochs, resumed: the losses of the run that was not interrupted."""
-    flags = ["--dry-run", "--batch-size", 8, "--out-dir"]
-    assert torchrun("hw2_step2_main.py", *flags, tmp_path / "whole").returncode == 0
+@pytest.mark.parametrize("name, batch_size", [("pixelcnn", 8), ("conditional", 7), ("conditional", 1)])
+def test_two_processes_give_what_one_gives(name, batch_size, train_by_two, start, tmp_path):
+    """Of a batch of one image one process has none."""
+    flags = ["--binarize", "stochastic", "--batch-size", batch_size, "--out-dir"]
+    first, second = train_by_two(name, [*flags, tmp_path / "two"])
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert first.stdout.count("epoch 2/2") == 1 and second.stdout == ""
+    assert start(children.train, name, [*flags, tmp_path / "one"]).end().returncode == 0
+    assert_equal_runs(tmp_path / "two", tmp_path / "one")
+
+
+def test_resume_of_two_processes(train_by_two, tmp_path):
+    """A checkpoint in the second of two epochs, resumed: the losses of the run that was not interrupted."""
+    flags = ["--batch-size", 8, "--out-dir"]
+    whole = train_by_two("pixelcnn", [*flags, tmp_path / "whole"], children.draw_nothing)
+    assert [each.returncode for each in whole] == [0, 0]
     cut = tmp_path / "cut"
-    interrupt = tmp_path / "interrupt.py"
-    interrupt.write_text(
-        "import os, runpy, signal, sys\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "from utils import runs\n"
-        "add = runs.Run.add\n"
-        "def interrupting(self, *args, **losses):\n"
-        "    if self.epoch == 1 and os.environ['RANK'] == '1':\n"
-        "        signal.raise_signal(signal.SIGINT)\n"
-        "    return add(self, *args, **losses)\n"
-        "runs.Run.add = interrupting\n"
-        "del sys.argv[0]\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    )
-    done = torchrun(interrupt, ROOT / "hw2_step2_main.py", *flags, cut)
-    assert done.returncode != 0
+    stopped = train_by_two("pixelcnn", [*flags, cut], partial(children.interrupt, 4, rank="1"))
+    assert [each.returncode for each in stopped] == [130, 130], "both stop, whichever was interrupted"
     position = torch.load(cut / "checkpoint.pt", weights_only=True)["position"]
     assert position[:2] == (1, 1), "both stop after the batch in which one was interrupted"
-    assert torchrun("hw2_step2_main.py", *flags, cut, "--resume").returncode == 0
+    resumed = train_by_two("pixelcnn", [*flags, cut, "--resume"], children.draw_nothing)
+    assert [each.returncode for each in resumed] == [0, 0]
     assert losses(cut) == pytest.approx(losses(tmp_path / "whole"), rel=1e-6)
 
 

@@ -17,6 +17,19 @@ from matplotlib.ticker import MaxNLocator  # noqa: E402
 WIDTH = 6.3  # inches between the report's margins; figures are drawn in the size in which it prints them
 # Okabe & Ito, "Color Universal Design", 2008.
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+# A colour for each digit: Paul Tol's "muted" scheme and black, "Colour Schemes", 2021.
+DIGIT_COLORS = [
+    "#332288",
+    "#CC6677",
+    "#117733",
+    "#DDCC77",
+    "#88CCEE",
+    "#882255",
+    "#44AA99",
+    "#999933",
+    "#AA4499",
+]
+DIGIT_COLORS.append("#000000")
 plt.rcParams.update(
     {
         "axes.prop_cycle": plt.cycler(color=COLORS),
@@ -38,14 +51,14 @@ plt.rcParams.update(
 def save(figure, path, vector=True):
     """Write the figure and close it; with `vector` also a PDF beside it, which is what print takes."""
     # Without its date the same figure is the same file.
-    for each, options in (
-        (path, {}),
-        (path.with_suffix(".pdf"), dict(metadata={"CreationDate": None})),
-    )[: 1 + vector]:
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=each.suffix[1:], **options)
-        write_atomically(each, buffer.getvalue())
-    plt.close(figure)
+    formats = {".png": {}, ".pdf": dict(metadata={"CreationDate": None})} if vector else {".png": {}}
+    try:
+        for suffix, options in formats.items():
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=suffix[1:], **options)
+            write_atomically(path.with_suffix(suffix), buffer.getvalue())
+    finally:
+        plt.close(figure)
 
 
 def save_curves(path, x, panels, xlabel="epoch", smooth=1):
@@ -94,7 +107,7 @@ def draw_images(images, columns, row_labels=(), title="", scale=0.3, axis=None):
     grid = make_grid(images.detach().float().cpu(), nrow=columns, padding=2, pad_value=0.5)[0].numpy()
     figure = None
     if axis is None:
-        margin = 0.12 * max(map(len, row_labels), default=0)
+        margin = 0.1 + 0.09 * max(map(len, row_labels)) if len(row_labels) else 0
         figure, axis = plt.subplots(figsize=(columns * scale + margin, rows * scale + (0.3 if title else 0)))
     axis.imshow(grid, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axis.grid(False)
@@ -121,11 +134,10 @@ def save_side_by_side(path, grids, columns):
 def save_scatter(path, points, labels, title):
     """Points (N, 2) of the latent plane, coloured by digit, with a legend."""
     figure, axis = plt.subplots(figsize=(3.6, 2.8))
-    palette = plt.get_cmap("tab10")
     for digit in range(10):
         chosen = points[labels == digit]
         style = dict(s=1.5, alpha=0.5, linewidths=0, rasterized=True)
-        axis.scatter(chosen[:, 0], chosen[:, 1], color=palette(digit), label=digit, **style)
+        axis.scatter(chosen[:, 0], chosen[:, 1], color=DIGIT_COLORS[digit], label=digit, **style)
     axis.legend(title="digit", markerscale=4, loc="center left", bbox_to_anchor=(1, 0.5))
     axis.set(xlabel="$z_1$", ylabel="$z_2$", title=title, aspect="equal")
     save(figure, path)
@@ -236,6 +248,134 @@ def save_strips(path, strips, xlabel, ylim, smooth=400):
     axes[-1, 0].tick_params(labelbottom=True)
     axes[-1, 0].set_xlabel(xlabel, fontsize="small")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
+
+
+def save_grid_table(path, columns, row_labels, images_across):
+    """Grids of images in a table: `columns` maps the title of each to its grids, one for each of `row_labels`."""
+    figure, axes = plt.subplots(
+        len(row_labels),
+        len(columns),
+        figsize=(WIDTH, (WIDTH / len(columns) + 0.05) * len(row_labels) + 0.2),
+        squeeze=False,
+    )
+    for column, (title, grids) in enumerate(columns.items()):
+        for row, images in enumerate(grids):
+            draw_images(images, images_across, title="" if row else title, axis=axes[row, column])
+    for axis, label in zip(axes[:, 0], row_labels):
+        axis.set_ylabel(label)
+    save(figure, path, vector=False)
+
+
+def save_territories(path, images, side, digits):
+    """The plane of `images`, a side x side grid, under the colour, outline and number of each digit's territory.
+
+    Args:
+        digits: (R, R) integers, the digit at each of R x R points of the same plane, the top row first.
+    """
+    figure, axis = plt.subplots(figsize=(WIDTH, WIDTH))
+    draw_images(images, side, axis=axis)
+    height, width = axis.images[0].get_array().shape
+    size = len(digits)
+    rows, columns = ((np.arange(size) + 0.5) * length / size - 0.5 for length in (height, width))
+    axis.imshow(
+        digits,
+        cmap=ListedColormap(DIGIT_COLORS),
+        vmin=0,
+        vmax=9,
+        alpha=0.35,
+        extent=(-0.5, width - 0.5, height - 0.5, -0.5),
+    )
+    points = torch.cartesian_prod(torch.arange(size), torch.arange(size)).float()
+    for digit in digits.unique().tolist():
+        inside = digits.flatten() == digit
+        if inside.all():
+            continue
+        axis.contour(
+            columns, rows, digits == digit, levels=[0.5], colors=[DIGIT_COLORS[digit]], linewidths=1.5
+        )
+        # The number stands where the territory is widest.
+        from_others = torch.cdist(points[inside], points[~inside]).min(1).values
+        from_edges = torch.cat([points[inside], size - 1 - points[inside]], 1).min(1).values
+        room = torch.minimum(from_others, from_edges + 1)
+        row, column = points[inside][room.argmax()].int().tolist()
+        box = dict(boxstyle="circle,pad=0.15", facecolor=DIGIT_COLORS[digit], edgecolor="white")
+        axis.text(
+            columns[column],
+            rows[row],
+            digit,
+            color="white",
+            weight="bold",
+            ha="center",
+            va="center",
+            bbox=box,
+        )
+    save(figure, path, vector=False)
+
+
+def save_posterior(path, z, title):
+    """How points z (N, 2) lie against the prior N(0, I): in the plane, and each coordinate by itself."""
+    z = z.numpy()
+    limit = max(4.0, float(np.quantile(abs(z), 0.999)))
+    figure, axes = plt.subplots(1, 3, figsize=(WIDTH, 2.4))
+    axes[0].hist2d(*z.T, bins=80, range=[[-limit, limit]] * 2, cmap="Blues", norm=LogNorm())
+    angle = np.linspace(0, 2 * np.pi, 200)
+    for share, style in ((0.5, "-"), (0.9, "--"), (0.99, ":")):
+        radius, label = (-2 * np.log(1 - share)) ** 0.5, f"{share:.0%} of the prior"
+        axes[0].plot(radius * np.cos(angle), radius * np.sin(angle), style, color=COLORS[1], label=label)
+    axes[0].legend(fontsize="x-small", loc="upper right")
+    axes[0].set(xlabel="$z_1$", ylabel="$z_2$", title=title, aspect="equal")
+    at = np.linspace(-limit, limit, 200)
+    density = np.exp(-(at**2) / 2) / (2 * np.pi) ** 0.5
+    for axis, values, name in zip(axes[1:], z.T, ("$z_1$", "$z_2$")):
+        axis.hist(
+            values, bins=80, range=(-limit, limit), density=True, alpha=0.6, label="aggregated posterior"
+        )
+        axis.plot(at, density, color=COLORS[1], label="prior")
+        axis.set(xlabel=name, ylabel="density", ylim=(0, 1.25 * axis.get_ylim()[1]))
+        axis.legend(fontsize="x-small", loc="upper right")
+    save(figure, path)
+
+
+def save_ablation(path, groups, panels):
+    """Figures of variants, a row of panels for each group of them, points with standard deviations.
+
+    Args:
+        groups: the names of the variants in each group, by the group's title.
+        panels: list of (xlabel, series); `series` maps labels to {name: (mean, standard deviation or None)}.
+    """
+    sizes = [len(names) + 0.8 for names in groups.values()]
+    figure, axes = plt.subplots(
+        len(groups),
+        len(panels),
+        figsize=(WIDTH, 0.19 * sum(sizes) + 0.7),
+        squeeze=False,
+        height_ratios=sizes,
+    )
+    for row, (title, names) in zip(axes, groups.items()):
+        for axis, (xlabel, series) in zip(row, panels):
+            for (label, values), color, marker in zip(series.items(), COLORS, "os^"):
+                means, deviations = zip(*(values[name] for name in names))
+                axis.errorbar(
+                    means,
+                    range(len(names)),
+                    xerr=[each or 0 for each in deviations],
+                    fmt=marker,
+                    color=color,
+                    markersize=4,
+                    label=label,
+                )
+            low, high = axis.get_xlim()
+            if 0 < 3 * low < high:
+                axis.set_xscale("log")
+            axis.set(yticks=range(len(names)), ylim=(len(names) - 0.5, -0.5))
+            axis.tick_params(labelsize="small", which="both")
+            axis.set_yticklabels(names if axis is row[0] else [])
+        row[0].set_title(title, loc="left")
+    for axis, (xlabel, series) in zip(axes[-1], panels):
+        axis.set_xlabel(xlabel)
+    for axis, (_, series) in zip(axes[0], panels):
+        if len(series) > 1:
+            axis.legend(fontsize="small")
     save(figure, path)
 
 

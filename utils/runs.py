@@ -1,6 +1,7 @@
 """The command line, the folder of a run, its progress, its checkpoint and its end."""
 
 import argparse
+import contextlib
 import csv
 import ctypes
 import errno
@@ -51,8 +52,14 @@ class UserError(Exception):
 class ArgumentParser(argparse.ArgumentParser):
     """argparse that answers bad usage with one line instead of the whole usage."""
 
+    def parse_known_args(self, args=None, namespace=None):
+        namespace, others = super().parse_known_args(args, namespace)
+        if [] in vars(namespace).values():  # what some versions of argparse make of --flag=--
+            self.error("-- is no value of a flag")
+        return namespace, others
+
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (--help lists the flags)\n")
 
 
 def whole_number(least):
@@ -227,8 +234,10 @@ def write_atomically(path, content):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written ({error.strerror}): name another --out-dir") from None
+    finally:
+        with contextlib.suppress(OSError):  # it is in its place, or the disk is read-only
+            temporary.unlink()
 
 
 def write_json(path, content):
@@ -338,16 +347,25 @@ def save_model(path, step, network, options):
 
 
 def load_network(path, steps, build, device="cpu"):
-    """The network of a model.pt, in eval mode; `build(**arguments)` makes it."""
+    """The network of a model.pt, in eval mode; `build(**arguments)` makes it. The global random state stays."""
     content = load_tensors(path, steps, "model", device)
     try:
-        network = build(**content["network"])
+        with torch.random.fork_rng(devices=[]):  # the weights it begins with are drawn, and replaced
+            network = build(**content["network"])
         network.load_state_dict(content["weights"])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
         raise UserError(f"{path} does not hold the weights of the network it describes: train anew") from None
-    if not all(torch.isfinite(tensor).all() for tensor in network.state_dict().values()):
+    if not all_finite(network.state_dict()):
         raise UserError(f"{path} holds weights that are not finite: train anew")
     return network.to(device).eval()
+
+
+def all_finite(value):
+    """Whether no number in the tensors of a nested dict or list is infinite or NaN."""
+    if isinstance(value, torch.Tensor):
+        return bool(torch.isfinite(value).all())
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return all(map(all_finite, parts))
 
 
 def metric(value, unit, formula, **more):
@@ -407,12 +425,10 @@ class Run:
         """Context in which convolutions run in bfloat16, where the hardware has matrix units for it."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=has_bfloat16_units(self.device))
 
-    def limit(self, images, labels):
-        """The whole set, or its first few batches in a dry run."""
-        if self.args.dry_run:
-            count = DRY_RUN_BATCHES * self.options["batch_size"]
-            return images[:count], labels[:count]
-        return images, labels
+    def limit(self, *tensors):
+        """Each of the tensors whole, or its first few batches in a dry run."""
+        count = DRY_RUN_BATCHES * self.options["batch_size"]
+        return tuple(each[: min(len(each), count)] if self.args.dry_run else each for each in tensors)
 
     def start(self, **tracked):
         """Make the folder; restore what is tracked, where `--resume` asks for it.
@@ -604,6 +620,8 @@ class Run:
                         f"{path} was trained with {key} {theirs.get(key)}, not {ours[key]}: resume with the same "
                         "flags, or start anew without --resume"
                     )
+            if not all_finite(checkpoint["tracked"]):
+                raise UserError(f"{path} holds numbers that are not finite: start anew without --resume")
             for name, each in self._tracked.items():
                 each.load_state_dict(checkpoint["tracked"][name])
             self.epoch, self.batch, self.images_seen, self.seconds = checkpoint["position"]

@@ -248,6 +248,7 @@ def save_strips(path, strips, xlabel, ylim, smooth=400):
     axes[-1, 0].tick_params(labelbottom=True)
     axes[-1, 0].set_xlabel(xlabel, fontsize="small")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
+    save(figure, path)
 
 
 def save_grid_table(path, columns, row_labels, images_across):

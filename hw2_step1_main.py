@@ -75,6 +75,10 @@ VARIANTS = {
         "is a relativistic loss with R1 and R2 (Huang et al. 2024, arXiv 2501.05441) better?",
         dict(loss="relativistic", penalty=0.05),
     ),
+    "gradient-penalty": (
+        "can R1 and R2 take the place of most of the dropout?",
+        dict(penalty=0.01, dropout=0.1),
+    ),
     "saturating": ("does the generator's side of Eq. 1 as it stands train at all?", dict(loss="saturating")),
     "public": (
         "how good is a public solution's configuration?",

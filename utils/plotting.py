@@ -146,7 +146,7 @@ def save_scatter(path, points, labels, title):
 def save_map(path, values, label):
     """A number for each pixel, (H, W), as colours with a scale."""
     figure, axis = plt.subplots(figsize=(3.0, 2.4))
-    _draw_scale(figure, axis, axis.imshow(values.cpu(), cmap="cividis"), label)
+    _draw_scale(figure, axis, axis.imshow(values.cpu().numpy(), cmap="cividis"), label)
     save(figure, path)
 
 

@@ -14,6 +14,7 @@ from utils.runs import (
     ArgumentParser,
     UserError,
     find_device,
+    make_folder,
     results_folder,
     run_folder,
     write_csv,
@@ -116,12 +117,7 @@ def _keep_flags(folder, given, resume):
                 "start anew without --resume"
             )
         return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"the folder {path.parent} cannot be made ({error.strerror}): name another --out-dir"
-        ) from None
+    make_folder(path.parent)
     write_json(path, given)
 
 

@@ -8,7 +8,7 @@ import io
 import zipfile
 from pathlib import Path
 
-from utils.runs import ROOT, ArgumentParser, UserError, run_main, write_atomically
+from utils.runs import ROOT, ArgumentParser, UserError, make_folder, run_main, write_atomically
 
 COURSE = "EE8520_F25"
 REPORT = ROOT / "report" / "report.pdf"
@@ -92,13 +92,8 @@ def main():
     if not REPORT.is_file():
         raise UserError(f"there is no {REPORT}: build it with latexmk in {REPORT.parent}")
     outputs = {f"{stem}.pdf": REPORT.read_bytes(), f"{stem}.zip": archive()}
+    make_folder(args.out_dir)
     for path, content in outputs.items():
-        try:
-            args.out_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"{args.out_dir} cannot be made ({error.strerror}): name another --out-dir"
-            ) from None
         write_atomically(Path(path), content)
         print(f"{path}, {len(content) / 2**20:.1f} MiB")
 

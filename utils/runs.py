@@ -219,6 +219,20 @@ def find_device(name):
 # Files
 
 
+def make_folder(folder):
+    """Make the folder, and those that it is in, where they are missing.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"the folder {folder} cannot be made ({error.strerror}): name another --out-dir"
+        ) from None
+
+
 def write_atomically(path, content):
     """Write bytes so that the file is, at any moment, the old one or the new one, whole.
 
@@ -439,12 +453,7 @@ class Run:
         self._tracked, self._started = tracked, time.perf_counter()
         if self.args.resume:
             self._restore()
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"the folder {self.folder} cannot be made ({error.strerror}): name another --out-dir"
-            ) from None
+        make_folder(self.folder)
         if parallel.is_first():
             self._lock = lock(self.folder)
         write_json(self.folder / "config.json", self._config())

@@ -46,7 +46,7 @@ ARCHITECTURE = dict(
     head_channels=64,  # feature maps between the two 1 x 1 layers
     activation="hardswish",  # smooth where ReLU has its corner, and as cheap
     block="residual",  # each type-B layer adds to its input
-    dropout=0.0,  # distorted images regularise better
+    dropout=0.0,  # of the features in a block; distorted images regularise instead
     positional=True,  # a learned vector for each position, as digits are centred
 )
 

@@ -151,8 +151,8 @@ def plane_log_likelihood(model, x, spacing=0.04, half_width=5.0):
     """log p(x) = log of the integral of p(x|z) p(z) over the plane, by a sum over a square grid: (N,), nats.
 
     For two latent dimensions alone. A grid point is decoded once for all images. The sum is as good as exact where
-    the spacing is below the posteriors' standard deviations: on the test images of a model of the default size 0.04 is within
-    0.01 nat of 0.02 in the mean. Beyond 5 the prior has 1e-6 of its mass.
+    the spacing is below the posteriors' standard deviations: on the test images of a model of the default size
+    0.04 is within 0.01 nat of 0.02 in the mean. Beyond 5 the prior has 1e-6 of its mass.
     """
     if model.z_size != 2:
         raise ValueError(f"the plane has two latent dimensions, not {model.z_size}")

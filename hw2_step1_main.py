@@ -20,7 +20,6 @@ Writes into results/step1_gan/:
 
 import json
 import math
-import time
 
 import torch
 from torch import nn
@@ -108,11 +107,10 @@ GENERATOR_LOSSES = {
 SAMPLE_COLUMNS = 10
 STRIP_ROWS = 8  # epochs shown in samples_by_epoch.png
 STRIP_COLUMNS = 12  # samples of each run in ablation.png
-NUM_JUDGED = 10_000  # samples that are judged, as many as there are test images
 NUM_WATCHED = 200  # samples that are looked at after each epoch
 SATURATED = 0.95  # D(x) above it, with D(G(z)) as close to 0, is worth a warning
 COLLAPSED = 0.5  # so is one digit's share of the samples above it
-ABLATION_FLAGS = ["--minutes", "3"]  # the same wall time for every variant
+ABLATION_LENGTH = ["--minutes", "3"]  # the same wall time for every variant
 
 
 def train_main_loop(
@@ -300,19 +298,9 @@ def write_metrics(run, generator, images):
         # With a large --d-freq an epoch may be without an update of the generator.
         return sum(value * size for value, size in pairs) / sum(size for _, size in pairs) if pairs else None
 
-    started = time.perf_counter()
-    generator.sample(64).cpu()
-    sampling = time.perf_counter() - started
     g_formula, g_optimum = GENERATOR_LOSSES[run.options["loss"]]
-    # A dry run is quick: few samples against as many real images.
-    count, num_real = (NUM_WATCHED, NUM_WATCHED) if run.args.dry_run else (NUM_JUDGED, None)
-    quality = metrics.judge(
-        generator.sample(count), held_out=run.args.held_out, data_dir=run.args.data_dir, num_real=num_real
-    )
+    _, quality = metrics.judge_sampler(run, generator.sample)
     figures = dict(
-        sampling_time=runs.metric(
-            sampling, "seconds", "wall time of drawing 64 images", hardware=runs.hardware(run.device)
-        ),
         d_loss=runs.metric(
             mean("d_loss"), "nats", "-log D(x) - log(1 - D(G(z)))", optimum=math.log(4), **protocol
         ),
@@ -352,7 +340,7 @@ def main():
     args = parser.parse_args()
     options = runs.choose_options(parser, args, DEFAULTS, VARIANTS)
     if args.ablation or args.seeds:
-        folders = ablation.run_all(__file__, STEP, args, VARIANTS, ABLATION_FLAGS)
+        folders = ablation.run_all(__file__, STEP, args, VARIANTS, ABLATION_LENGTH)
         if args.ablation:
             draw_ablation(folders, runs.results_folder(STEP, args) / "ablation.png")
         return

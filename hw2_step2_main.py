@@ -25,7 +25,6 @@ and with --conditional:
 """
 
 import math
-import time
 
 import torch
 from torch import nn
@@ -93,7 +92,8 @@ NOT_COMPARABLE = ("stochastic", "double", "large")
 
 NUM_CLASSES = 10
 NUM_PIXELS = 28 * 28
-NUM_JUDGED = 1000  # conditional samples that the digit classifier judges
+NUM_PROBED = 1000  # test images over which the receptive field is measured
+ABLATION_LENGTH = ["--minutes", "5"]  # one core's, the same for every variant
 ROWS_GIVEN = 14  # of the digits to be completed
 SEEN_FROM = (14, 3)  # row and column of the pixel whose receptive field is drawn
 
@@ -174,6 +174,12 @@ def pixel_nll(network, x, labels, batch_size=250):
         logits = network(*inputs(network, x, labels)).float()
         chosen.copy_(F.binary_cross_entropy_with_logits(logits, x, reduction="none"))
     return nll
+
+
+def sample_evenly(network, count, generator):
+    """Draw (count, 1, 28, 28) images; a conditional network is asked for the digits in turn."""
+    conditional = isinstance(network, ConditionalPixelCNN)
+    return network.sample(torch.arange(count) % NUM_CLASSES if conditional else count, generator)
 
 
 def label_log_likelihoods(network, x):
@@ -272,8 +278,8 @@ def draw_knowledge(run, network, test_set, nll, guesses):
     plotting.save_bars(
         folder / "nll_digits.png", range(NUM_CLASSES), nats, "digit", f"test NLL\n(nats per image, {how})"
     )
-    x = binarize_test(images[:NUM_JUDGED], how)
-    sensitivity = receptive_field(network, x, labels[:NUM_JUDGED], SEEN_FROM)
+    x = binarize_test(images[:NUM_PROBED], how)
+    sensitivity = receptive_field(network, x, labels[:NUM_PROBED], SEEN_FROM)
     plotting.save_receptive_field(folder / "receptive_field.png", sensitivity, SEEN_FROM)
     if guesses is not None:
         plotting.save_confusion(folder / "bayes.png", labels, guesses, "label with the highest log p(x|y)")
@@ -294,10 +300,7 @@ def write_metrics(run, network, train_set, test_set):
     train_nll = evaluate(network, *(each[: len(images)] for each in train_set), how)
     best = min(run.history["test_nll"])
     best_epoch = run.history["test_nll"].index(best)
-    digits = torch.arange(64, device=run.device) % NUM_CLASSES
-    started = time.perf_counter()
-    (network.sample(digits) if conditional else network.sample(len(digits))).cpu()
-    sampling = time.perf_counter() - started
+    samples, quality = metrics.judge_sampler(run, lambda *draw: sample_evenly(network, *draw), how)
     results = dict(
         test_nll=runs.metric(test_nll, unit, formula, **protocol),
         test_bits=runs.metric(
@@ -309,9 +312,7 @@ def write_metrics(run, network, train_set, test_set):
         train_nll=runs.metric(
             train_nll, unit, formula, over=f"first {len(images)} training images", **protocol
         ),
-        sampling_time=runs.metric(
-            sampling, "seconds", "wall time of drawing 64 images", hardware=runs.hardware(run.device)
-        ),
+        **quality,
     )
     guesses = None
     if conditional:
@@ -323,13 +324,12 @@ def write_metrics(run, network, train_set, test_set):
             "argmax_y log p(x | y) is the label; in the precision of the training",
             **protocol,
         )
-        (digits,) = run.limit(torch.arange(NUM_JUDGED, device=run.device) % NUM_CLASSES)
-        verdicts = metrics.classify(network.sample(digits))
+        verdicts = metrics.classify(samples)
         results["recognised"] = runs.metric(
-            (verdicts == digits).float().mean().item(),
+            (verdicts == torch.arange(len(samples)) % NUM_CLASSES).double().mean().item(),
             "share of samples",
             "the digit classifier sees the digit that was asked for",
-            samples=len(digits),
+            samples=len(samples),
         )
     run.finish(**results)
     draw_knowledge(run, network, test_set, nll, guesses)
@@ -361,7 +361,7 @@ def main():
     step = CONDITIONAL_STEP if args.conditional else STEP
     if args.ablation or args.seeds:
         comparable = {name: VARIANTS[name] for name in VARIANTS if name not in NOT_COMPARABLE}
-        return ablation.run_all(__file__, step, args, comparable, ["--minutes", "10"])
+        return ablation.run_all(__file__, step, args, comparable, ABLATION_LENGTH)
     run = runs.Run(step, args, options, several_processes=True)
     train_set, test_set = load_mnist(args.data_dir, run.device, args.held_out)
     if args.sample_only:

@@ -105,9 +105,9 @@ GROUPS = {
 
 PLANE_SIDE = 20
 FINE_SIDE = 60  # points of the plane that the classifier judges, along each side
-NUM_JUDGED = 10_000  # samples that the metrics judge
 NUM_BOUND_SAMPLES = 500
-ABLATION_FLAGS = ["--epochs", "20", "--bound-samples", "100"]  # two hours on two cores with three seeds
+ABLATION_LENGTH = ["--epochs", "20"]
+ABLATION_BOUND = ["--bound-samples", "100"]
 WALKS = ((1, 0), (7, 6))  # digits to walk from and to
 WALK_STEPS = 12
 ELBO_FORMULA = "-log p(x|z) + KL(q(z|x) || p(z)), mean over images, one draw of z each"
@@ -287,7 +287,7 @@ def draw_samples(run, model):
     noise = torch.Generator().manual_seed(run.args.seed)
     plotting.save_images(run.folder / "samples.png", model.sample(100, noise), columns=10)
     plot_latent_images(model, run.folder / "latent_plane.png")
-    digits = metrics.classify(decode_plane(model, FINE_SIDE).cpu()).reshape(FINE_SIDE, FINE_SIDE)
+    digits = metrics.classify(decode_plane(model, FINE_SIDE)).reshape(FINE_SIDE, FINE_SIDE)
     plotting.save_territories(
         run.folder / "territories.png", decode_plane(model, PLANE_SIDE), PLANE_SIDE, digits
     )
@@ -367,14 +367,7 @@ def write_metrics(run, model, train_set, test_set):
             f"the nearest training image has the same label, by Euclidean distance of {what}",
             **sizes,
         )
-    count = 100 if few else NUM_JUDGED
-    results |= metrics.judge(
-        model.sample(count).cpu(),
-        "none",
-        run.args.held_out,
-        run.args.data_dir,
-        num_real=count if few else None,
-    )
+    results |= metrics.judge_sampler(run, model.sample)[1]
     run.finish(**results)
 
 
@@ -445,7 +438,7 @@ def main():
     options = runs.choose_options(parser, args, DEFAULTS, VARIANTS)
     if args.ablation or args.seeds:
         comparable = {name: VARIANTS[name] for name in VARIANTS if name not in OTHER_EPOCHS}
-        folders = ablation.run_all(__file__, STEP, args, comparable, ABLATION_FLAGS)
+        folders = ablation.run_all(__file__, STEP, args, comparable, ABLATION_LENGTH, ABLATION_BOUND)
         if args.ablation:
             draw_ablation(runs.results_folder(STEP, args), folders)
         return

@@ -325,6 +325,9 @@ def draw_flags(name, chance):
     values = {**VALUES, **OWN_VALUES[name], "--variant": ([*STEPS[name].VARIANTS], None)}
     pairs = [(flag, chance.choice(valid)) for flag, (valid, _) in values.items() if chance.random() < 0.4]
     chance.shuffle(pairs)
+    if {"--epochs", "--minutes"} <= {flag for flag, _ in pairs}:
+        excluded = chance.choice(["--epochs", "--minutes"])
+        pairs = [pair for pair in pairs if pair[0] != excluded]
     return pairs
 
 

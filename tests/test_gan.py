@@ -320,7 +320,7 @@ def test_metrics_of_a_run(call_step, tmp_path):
     folder = tmp_path / "variants" / "relativistic"
     figures = json.loads((folder / "metrics.json").read_text())
     assert set(metrics.DESCRIPTIONS) | {"sampling_time", "d_real", "g_loss"} <= set(figures)
-    assert figures["frechet_distance"]["samples"] == step1.NUM_WATCHED
+    assert figures["frechet_distance"]["samples"] == metrics.NUM_JUDGED_QUICKLY
     assert figures["sampling_time"]["value"] > 0
     # A table of floats is read back, and the figure over all runs drawn from it.
     folders = {"default": folder, "again": folder}
@@ -361,11 +361,12 @@ def test_trained_discriminator_is_near_the_formula_and_repeatable():
 
 def test_an_ablation_that_is_gone_on_with_keeps_finished_runs(call_step, monkeypatch, tmp_path):
     """Runs that only leave their files behind: finished ones are not started again, others are resumed."""
-    started = []
+    started, lengths = [], set()
 
     def start(command, **_):
         flags = dict(zip(command, command[1:]))
         name = flags.get("--variant")
+        lengths.add((flags.get("--minutes"), flags.get("--epochs")))
         started.append((name, "--resume" in command))
         folder = runs.run_folder(Path(flags["--out-dir"]), name)
         folder.mkdir(parents=True, exist_ok=True)
@@ -383,6 +384,7 @@ def test_an_ablation_that_is_gone_on_with_keeps_finished_runs(call_step, monkeyp
     folders, path = drawn[0]
     assert list(folders) == ["default", *step1.VARIANTS] and path == tmp_path / "ablation.png"
     assert folders["public"] == tmp_path / "seeds" / "seed_0" / "variants" / "public"
+    assert lengths == {("3", None)}
 
     started.clear()
     later = (folders["plain"] / "metrics.json").stat().st_mtime_ns + 10**9
@@ -395,3 +397,7 @@ def test_an_ablation_that_is_gone_on_with_keeps_finished_runs(call_step, monkeyp
 
     refused = call_step(step1, *flags, "--resume", "--minutes", "4")
     assert refused.returncode == 2 and "resume with the same" in refused.stderr and len(started) == 3
+
+    lengths.clear()
+    assert call_step(step1, *flags[:-1], tmp_path / "epochs", "--epochs", "2").returncode == 0
+    assert lengths == {(None, "2")}

@@ -169,6 +169,7 @@ def test_ctrl_c_from_outside(tmp_path):
         (step2, ["--digit", "three"], "--digit"),
         (step2, ["--binarize", "maybe"], "--binarize"),
         (step2, ["--minutes", "0"], "--minutes"),
+        (step2, ["--minutes", "1", "--epochs", "2"], "not allowed with"),
         (step2, ["--minutes", "soon"], "--minutes"),
         (step3, ["--bound-samples", "0"], "--bound-samples"),
         (step3, ["--kl-coeff", "-1"], "--kl-coeff"),

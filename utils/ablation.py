@@ -24,7 +24,7 @@ from utils.runs import (
 DEFAULT_SEEDS = 3
 
 
-def run_all(script, step, args, variants, flags=()):
+def run_all(script, step, args, variants, length, flags=()):
     """Train `--seeds` times the default or `--variant`; with `--ablation` the default and that or every variant.
 
     An ablation is there to choose by, so it is evaluated on held-out training images.
@@ -36,7 +36,8 @@ def run_all(script, step, args, variants, flags=()):
 
     Args:
         variants: those of `--ablation` without `--variant`.
-        flags: of each run of an ablation, before those of the command line, which win.
+        length: flags for how long each run of an ablation trains, unless the command line says so.
+        flags: more of its flags, before those of the command line, which win.
 
     Returns:
         Folder of the run with the first seed by the variant's name, the default's by "default".
@@ -58,7 +59,8 @@ def run_all(script, step, args, variants, flags=()):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"} if workers > 1 else None
     given = _other_flags()
     if args.ablation:
-        given = ["--held-out", *flags, *given]
+        length = () if args.num_epochs or args.minutes else length
+        given = ["--held-out", *length, *flags, *given]
     _keep_flags(folder, given, args.resume)
 
     def place(name, seed):

@@ -2,7 +2,7 @@
 
 The two ways of feeding a training are timed in turn, several rounds; drawing images once each way, because
 the plain loop takes minutes. The ratios are what counts: seconds depend on the machine and on what else it
-does.
+does. results/benchmark/metrics.json has them all.
 """
 
 import statistics
@@ -22,8 +22,8 @@ import hw2_step3_main as step3
 from models.AR import MaskedConv2d, PixelCNN
 from models.GAN import Discriminator, Generator, train_discriminator, train_generator
 from models.VAE import VAE_model
+from utils import runs
 from utils.data import batches, binarize, load_mnist, to_symmetric, to_unit
-from utils.runs import ROOT, UserError, hardware, has_bfloat16_units, run_main
 
 ROUNDS = 3
 SHARE = 10  # a tenth of an epoch is timed each round
@@ -36,8 +36,8 @@ def gan_step():
     options = step1.DEFAULTS
     generator = Generator(options["dim_z"], options["g_channels"])
     discriminator = Discriminator(options["d_channels"], options["dropout"])
-    g_optimizer = torch.optim.Adam(generator.parameters(), lr=options["g_learning_rate"])
-    d_optimizer = torch.optim.Adam(discriminator.parameters(), lr=options["d_learning_rate"])
+    g_optimizer = torch.optim.Adam(generator.parameters(), lr=options["g_learning_rate"], fused=True)
+    d_optimizer = torch.optim.Adam(discriminator.parameters(), lr=options["d_learning_rate"], fused=True)
     averaged = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(options["ema_decay"]))
     criterion = nn.BCEWithLogitsLoss()
 
@@ -54,7 +54,7 @@ def vae_step():
     """One update of step 3's default network, as a function of a batch in [0, 1]."""
     options = step3.DEFAULTS
     model = VAE_model(step3.NUM_PIXELS, [*options["hidden_dims"], 2 * options["latent_dim"]])
-    optimizer = torch.optim.Adam(model.parameters(), lr=options["learning_rate"])
+    optimizer = torch.optim.Adam(model.parameters(), lr=options["learning_rate"], fused=True)
 
     def step(x):
         loss = step3.loss_func(model, x, options["kl_coeff"])
@@ -65,30 +65,6 @@ def vae_step():
     return step
 
 
-def time_epochs(name, step, batch_size, convert, transform, images, labels):
-    """Print the time of an epoch fed by `utils.data.batches` and by per-image transforms, and their ratio.
-
-    Both are timed with the training step and without it, which is the feeding alone.
-    """
-    count = len(images) // SHARE
-    subset = torch.utils.data.Subset(MNIST(ROOT / "data", train=True, transform=transform), range(count))
-
-    def ours(step):
-        for x, _ in batches(images[:count], labels[:count], batch_size, torch.Generator()):
-            step(convert(x))
-
-    def usual(step):
-        for x, _ in DataLoader(subset, batch_size, shuffle=True):
-            step(x)
-
-    for what, work in (("epoch", step), ("feeding alone", lambda x: None)):
-        seconds = [SHARE * each for each in interleave(lambda: ours(work), lambda: usual(work))]
-        print(
-            f"{name}, batch {batch_size}, {what}: {seconds[0]:.2f} s, with per-image transforms {seconds[1]:.2f} s, "
-            f"ratio {seconds[1] / seconds[0]:.1f}"
-        )
-
-
 class FullKernelConv2d(MaskedConv2d):
     """The masked convolution as it is usually written: the zeros of the mask are multiplied like the rest."""
 
@@ -96,8 +72,31 @@ class FullKernelConv2d(MaskedConv2d):
         return F.conv2d(x, self.weight * self.mask, self.bias, self.stride, self.padding)
 
 
-def time_pixelcnn(images):
-    """Print the time of a training step of step 2's default network against two slower ways to compute it."""
+def compare_feeding(name, step, batch_size, convert, transform, images, labels):
+    """An epoch fed by `utils.data.batches` against per-image transforms, with `step` and without it."""
+    count = len(images) // SHARE
+    subset = torch.utils.data.Subset(MNIST(runs.ROOT / "data", train=True, transform=transform), range(count))
+
+    def ours(work):
+        for x, _ in batches(images[:count], labels[:count], batch_size, torch.Generator()):
+            work(convert(x))
+
+    def usual(work):
+        for x, _ in DataLoader(subset, batch_size, shuffle=True):
+            work(x)
+
+    return {
+        f"{name}_{what}": ratio(
+            f"{name}, {what}: per-image transforms / images in one tensor",
+            *(SHARE * seconds for seconds in interleave(lambda: usual(work), lambda: ours(work))),
+            batch_size=batch_size,
+        )
+        for what, work in (("epoch", step), ("feeding", lambda x: None))
+    }
+
+
+def compare_pixelcnn_steps(images):
+    """A training step of step 2's default network against two slower ways to compute it."""
     x = binarize(images[: step2.DEFAULTS["batch_size"]], "threshold")
 
     def steps(memory_format, bfloat16, **changes):
@@ -115,51 +114,65 @@ def time_pixelcnn(images):
 
         return work
 
-    units = has_bfloat16_units(torch.device("cpu"))
-    for bfloat16 in (True, False) if units else (False,):
-        precision = "bfloat16" if bfloat16 else "single precision"
-        ours, usual = interleave(
-            steps(torch.channels_last, bfloat16),
-            steps(torch.contiguous_format, bfloat16, conv=FullKernelConv2d),
+    def compare(what, *works):
+        seconds = (each / STEPS for each in interleave(*works))
+        return ratio(f"step 2, training step: {what}", *seconds, batch_size=len(x))
+
+    usual = dict(memory_format=torch.contiguous_format, conv=FullKernelConv2d)
+    entries = {
+        "full_kernels": compare(
+            "full kernels in the default memory format / rows that the mask leaves, single precision",
+            steps(bfloat16=False, **usual),
+            steps(torch.channels_last, bfloat16=False),
         )
-        print(
-            f"step 2, training step, batch {len(x)}, {precision}: {1e3 * ours / STEPS:.0f} ms, with full kernels in "
-            f"the default memory format {1e3 * usual / STEPS:.0f} ms, ratio {usual / ours:.1f}"
+    }
+    if runs.has_bfloat16_units(torch.device("cpu")):
+        entries["full_kernels_bfloat16"] = compare(
+            "full kernels in the default memory format / rows that the mask leaves, bfloat16",
+            steps(bfloat16=True, **usual),
+            steps(torch.channels_last, bfloat16=True),
         )
-    if units:
-        bfloat16, single = interleave(*(steps(torch.channels_last, each) for each in (True, False)))
-        print(
-            f"step 2, training step, batch {len(x)}: bfloat16 {1e3 * bfloat16 / STEPS:.0f} ms, single precision "
-            f"{1e3 * single / STEPS:.0f} ms, ratio {single / bfloat16:.1f}"
+        entries["single_precision"] = compare(
+            "single precision / bfloat16",
+            *(steps(torch.channels_last, bfloat16) for bfloat16 in (False, True)),
         )
+    return entries
 
 
-def time_sampling():
-    """Print the time of drawing images with and without the cache; whether they were equal every time.
+def compare_samplers(num_samples):
+    """Drawing with the cache against one forward pass a pixel, and against one of all pixels, which is the limit.
 
-    One forward pass is the limit: no sampler that computes every feature can do with less work.
+    Raises:
+        UserError: the two have drawn different images.
     """
-    network = step2.load_model(ROOT / "results" / step2.STEP / "model.pt")
+    network = step2.load_model(runs.ROOT / "results" / step2.STEP / "model.pt")
     network.sample(1)
-    all_equal = True
-    for num_samples in NUMS_SAMPLES:
-        seconds, images = [], []
-        for cached in (True, False):
-            started = time.perf_counter()
-            images.append(network.sample(num_samples, cached=cached))
-            seconds.append(time.perf_counter() - started)
-        with torch.no_grad():
-            started = time.perf_counter()
-            network(images[0])
-            seconds.append(time.perf_counter() - started)
-        equal = torch.equal(*images)
-        all_equal &= equal
-        print(
-            f"step 2, {num_samples} samples: cached {seconds[0]:.2f} s, one forward pass a pixel {seconds[1]:.1f} s, "
-            f"ratio {seconds[1] / seconds[0]:.0f}, images {'equal' if equal else 'different'}; one forward pass of all "
-            f"{seconds[2]:.3f} s"
-        )
-    return all_equal
+    seconds, images = {}, {}
+    for cached in (True, False):
+        started = time.perf_counter()
+        images[cached] = network.sample(num_samples, cached=cached)
+        seconds[cached] = time.perf_counter() - started
+    if not torch.equal(images[True], images[False]):
+        raise runs.UserError(f"the two samplers drew different images of {num_samples}")
+    with torch.no_grad():
+        started = time.perf_counter()
+        network(images[True])
+        one_pass = time.perf_counter() - started
+    return ratio(
+        f"step 2, {num_samples} samples, equal images: one forward pass a pixel / cached",
+        seconds[False],
+        seconds[True],
+        num_samples=num_samples,
+        one_pass_seconds=one_pass,
+    )
+
+
+def ratio(what, usual_seconds, seconds, **protocol):
+    """Print a ratio of seconds, and return it as an entry for metrics.json."""
+    value = usual_seconds / seconds
+    more = ", ".join(f"{name} {each:.3g}" for name, each in protocol.items())
+    print(f"{what}: {usual_seconds:.3g} s / {seconds:.3g} s = {value:.3g} ({more})")
+    return runs.metric(value, "ratio", what, usual_seconds=usual_seconds, seconds=seconds, **protocol)
 
 
 def interleave(*functions):
@@ -176,15 +189,20 @@ def interleave(*functions):
 
 def main():
     torch.manual_seed(0)
-    (images, labels), _ = load_mnist(ROOT / "data")
-    print(hardware(torch.device("cpu")))
+    (images, labels), _ = load_mnist(runs.ROOT / "data")
+    hardware = runs.hardware(torch.device("cpu"))
+    print(hardware)
     symmetric = Compose([ToTensor(), Normalize(0.5, 0.5)])
-    time_epochs("step 1", gan_step(), 128, to_symmetric, symmetric, images, labels)
-    time_epochs("step 3", vae_step(), 256, to_unit, ToTensor(), images, labels)
-    time_pixelcnn(images)
-    if not time_sampling():
-        raise UserError("the two samplers drew different images")
+    entries = compare_feeding("step1", gan_step(), 128, to_symmetric, symmetric, images, labels)
+    entries |= compare_feeding("step3", vae_step(), 256, to_unit, ToTensor(), images, labels)
+    entries |= compare_pixelcnn_steps(images)
+    entries |= {f"sampling_{count}": compare_samplers(count) for count in NUMS_SAMPLES}
+    folder = runs.ROOT / "results" / "benchmark"
+    runs.make_folder(folder)
+    runs.write_json(
+        folder / "metrics.json", {name: entry | dict(hardware=hardware) for name, entry in entries.items()}
+    )
 
 
 if __name__ == "__main__":
-    run_main(main)
+    runs.run_main(main)

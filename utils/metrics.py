@@ -12,8 +12,10 @@ Beside each stands its floor: the same metric of as many training images, which 
 import functools
 import json
 import math
+import time
 
 import torch
+from tqdm import tqdm
 
 from models.classifier import NUM_CLASSES, Classifier
 from utils import runs
@@ -22,6 +24,8 @@ from utils.data import binarize, load_mnist
 CLASSIFIER_STEP = "classifier"
 CLASSIFIER_FOLDER = runs.ROOT / "results" / CLASSIFIER_STEP
 IMAGE_SHAPE = (1, 28, 28)
+NUM_JUDGED = 10_000  # samples, as many as there are test images
+NUM_JUDGED_QUICKLY = 200  # in a dry run
 NEIGHBOURS = 5  # the k of precision, recall, density and coverage
 NUM_SIGMA_IMAGES = 1000  # held-out images that choose the Parzen window's width
 CHUNK = 1000
@@ -58,6 +62,25 @@ def judge(images, pixels="none", held_out=False, data_dir=runs.ROOT / "data", nu
         )
         for name, value in values.items()
     }
+
+
+def judge_sampler(run, sample, pixels="none"):
+    """Draw 10,000 images with `sample(count, generator)` and judge them: (the images, entries for metrics.json).
+
+    The entries have the time that drawing takes, too. A dry run is quick: few samples against as many real images.
+    """
+    noise = torch.Generator().manual_seed(0)
+    started = time.perf_counter()
+    sample(64, noise).cpu()
+    seconds = time.perf_counter() - started
+    count, num_real = (NUM_JUDGED_QUICKLY,) * 2 if run.args.dry_run else (NUM_JUDGED, None)
+    starts = tqdm(range(0, count, CHUNK), "drawing samples", unit="chunk", disable=None, leave=False)
+    images = torch.cat([sample(min(CHUNK, count - start), noise).cpu() for start in starts])
+    entries = judge(images, pixels, run.args.held_out, run.args.data_dir, num_real)
+    entries["sampling_time"] = runs.metric(
+        seconds, "seconds", "wall time of drawing 64 images", hardware=runs.hardware(run.device)
+    )
+    return images, entries
 
 
 def _require_images(images):
@@ -131,6 +154,7 @@ def load_classifier(device="cpu"):
 
 def classify(images):
     """The digit that the classifier sees in each image, (N,) integers, for (N, 1, 28, 28) in [0, 1]."""
+    images = images.cpu()  # in double precision, which not every accelerator has
     return _features(images, load_classifier(images.device))[1].argmax(1)
 
 

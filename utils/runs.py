@@ -102,13 +102,16 @@ def make_parser(description, defaults):
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add(
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument(
         "--epochs",
         dest="num_epochs",
         type=whole_number(1),
         help=f"passes over the data ({defaults['num_epochs']})",
     )
-    add("--minutes", type=positive, metavar="M", help="train for so long instead of a number of epochs")
+    length.add_argument(
+        "--minutes", type=positive, metavar="M", help="train for so long instead of a number of epochs"
+    )
     add("--batch-size", type=whole_number(1), help=f"images of a training batch ({defaults['batch_size']})")
     add("--seed", type=whole_number(0), default=0, help="of every random number (0)")
     add(

@@ -317,11 +317,19 @@ def write_metrics(run, network, train_set, test_set):
     guesses = None
     if conditional:
         with run.autocast():
-            guesses = label_log_likelihoods(network, x).argmax(1)
+            log_likelihoods = label_log_likelihoods(network, x)
+        guesses = log_likelihoods.argmax(1)
         results["bayes_accuracy"] = runs.metric(
             (guesses == labels).float().mean().item(),
             "share of test images",
             "argmax_y log p(x | y) is the label; in the precision of the training",
+            **protocol,
+        )
+        mixture_nll = math.log(NUM_CLASSES) - log_likelihoods.logsumexp(1).mean().item()
+        results["mixture_nll"] = runs.metric(
+            mixture_nll,
+            unit,
+            "-log 1/10 sum_y p(x | y), which is told no label, mean over images; in the precision of the training",
             **protocol,
         )
         verdicts = metrics.classify(samples)

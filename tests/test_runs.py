@@ -18,7 +18,7 @@ import hw2_step2_main as step2
 import hw2_step3_main as step3
 from tests import children
 from tests.conftest import ROOT
-from utils import ablation, plotting, runs
+from utils import ablation, metrics, plotting, runs
 
 COMMON = {
     "config.json",
@@ -94,8 +94,11 @@ def test_dry_run_writes_every_file_and_is_deterministic(name, run_script, run_st
     assert (
         config["seed"] == 0 and config["device"] == "cpu" and config["versions"]["torch"] == torch.__version__
     )
-    for entry in json.loads((folder / "metrics.json").read_text()).values():
+    results = json.loads((folder / "metrics.json").read_text())
+    for entry in results.values():
         assert isinstance(entry["value"], float) and entry["unit"] and entry["formula"]
+    assert {*metrics.DESCRIPTIONS, "sampling_time", "wall_time", "peak_memory"} <= results.keys()
+    assert results["frechet_distance"]["samples"] == metrics.NUM_JUDGED_QUICKLY
     rows = list(csv.DictReader((folder / "losses.csv").open()))
     assert int(rows[-1]["epoch"]) == 2
     assert_same_weights(*folders)

@@ -382,7 +382,7 @@ def test_an_ablation_that_is_gone_on_with_keeps_finished_runs(call_step, monkeyp
     folders, path = drawn[0]
     assert list(folders) == ["default", *step1.VARIANTS] and path == tmp_path / "ablation.png"
     assert folders["public"] == tmp_path / "seeds" / "seed_0" / "variants" / "public"
-    assert lengths == {("3", None)}
+    assert lengths == {(step1.ABLATION_LENGTH[1], None)}
 
     started.clear()
     later = (folders["plain"] / "metrics.json").stat().st_mtime_ns + 10**9

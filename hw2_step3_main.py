@@ -301,7 +301,7 @@ def draw_posteriors(run, model, images, labels):
         run.folder / "latent_means.png", mean[:, :2].cpu(), labels.cpu(), "posterior means of the test digits"
     )
     z = model.reparameterize(mean, logvar)[:, :2].cpu()
-    plotting.save_posterior(run.folder / "posterior.png", z, "aggregated posterior of the test digits")
+    plotting.save_posterior(run.folder / "posterior.png", z)
 
 
 def write_metrics(run, model, train_set, test_set):

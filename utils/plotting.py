@@ -313,7 +313,7 @@ def save_territories(path, images, side, digits):
     save(figure, path, vector=False)
 
 
-def save_posterior(path, z, title):
+def save_posterior(path, z):
     """How points z (N, 2) lie against the prior N(0, I): in the plane, and each coordinate by itself."""
     z = z.numpy()
     limit = max(4.0, float(np.quantile(abs(z), 0.999)))
@@ -321,10 +321,13 @@ def save_posterior(path, z, title):
     axes[0].hist2d(*z.T, bins=80, range=[[-limit, limit]] * 2, cmap="Blues", norm=LogNorm())
     angle = np.linspace(0, 2 * np.pi, 200)
     for share, style in ((0.5, "-"), (0.9, "--"), (0.99, ":")):
-        radius, label = (-2 * np.log(1 - share)) ** 0.5, f"{share:.0%} of the prior"
-        axes[0].plot(radius * np.cos(angle), radius * np.sin(angle), style, color=COLORS[1], label=label)
-    axes[0].legend(fontsize="x-small", loc="upper right")
-    axes[0].set(xlabel="$z_1$", ylabel="$z_2$", title=title, aspect="equal")
+        radius = (-2 * np.log(1 - share)) ** 0.5
+        axes[0].plot(radius * np.cos(angle), radius * np.sin(angle), style, color=COLORS[1])
+        box = dict(boxstyle="round,pad=0.1", facecolor="white", edgecolor="none", alpha=0.8)
+        axes[0].text(
+            0, -radius, f"{share:.0%}", color=COLORS[1], size="x-small", ha="center", va="center", bbox=box
+        )
+    axes[0].set(xlabel="$z_1$", ylabel="$z_2$", title="shares of the prior", aspect="equal")
     at = np.linspace(-limit, limit, 200)
     density = np.exp(-(at**2) / 2) / (2 * np.pi) ** 0.5
     for axis, values, name in zip(axes[1:], z.T, ("$z_1$", "$z_2$")):

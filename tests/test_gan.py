@@ -390,6 +390,7 @@ def test_an_ablation_that_is_gone_on_with_keeps_finished_runs(call_step, monkeyp
     (folders["public"] / "metrics.json").unlink()
     (folders["saturating"] / "metrics.json").unlink()
     (folders["saturating"] / "checkpoint.pt").unlink()
+    (folders["d-freq-2"] / "checkpoint.pt").unlink()  # as in a copy that has the results alone
     assert call_step(step1, *flags, "--resume").returncode == 0
     assert sorted(started) == [("plain", True), ("public", True), ("saturating", False)]
 

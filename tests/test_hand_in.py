@@ -48,7 +48,9 @@ def test_unpacked_tests_find_all_that_they_import(unpacked):
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(command, cwd=unpacked, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    assert "tests collected" in done.stdout
+    assert "tests collected" in done.stdout and "deselected" in done.stdout, (
+        "pytest.ini leaves out the slow ones"
+    )
 
 
 def test_both_files(call_step, monkeypatch, tmp_path):

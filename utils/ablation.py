@@ -124,12 +124,10 @@ def _keep_flags(folder, given, resume):
 
 
 def _finished(folder):
-    """Whether a run has written its figures, later than its last checkpoint."""
+    """Whether a run has written its figures, later than its last checkpoint if there still is one."""
     metrics, checkpoint = folder / "metrics.json", folder / "checkpoint.pt"
-    return (
-        metrics.exists()
-        and checkpoint.exists()
-        and metrics.stat().st_mtime_ns >= checkpoint.stat().st_mtime_ns
+    return metrics.exists() and not (
+        checkpoint.exists() and checkpoint.stat().st_mtime_ns > metrics.stat().st_mtime_ns
     )
 
 

@@ -17,6 +17,7 @@ REPORT = ROOT / "report" / "report.pdf"
 CONTENTS = (
     "README.md",
     "requirements.txt",
+    "pytest.ini",
     "hw2_step?_main.py",
     "models/*.py",
     "utils/*.py",

@@ -46,6 +46,7 @@ ARCHITECTURE = dict(
     activation="hardswish",  # smooth where ReLU has its corner, and as cheap
     block="residual",  # each type-B layer adds to its input
     dropout=0.0,  # of the features in a block; distorted images regularise instead
+    normalised=False,  # over the channels of each pixel
     positional=True,  # a learned vector for each position, as digits are centred
 )
 
@@ -54,6 +55,7 @@ DEFAULTS = dict(
     batch_size=32,  # a quarter of the handout's, so four times its steps in an epoch
     learning_rate=3e-3,  # peak, reached after the warm-up and falling to zero at the end
     warm_up=200,  # steps in which the learning rate rises
+    schedule="linear",  # or "cosine", along which it falls to zero
     clip_norm=50.0,  # of the gradient, in nats per image
     binarize="threshold",  # x > 0.5; or "stochastic", a fresh Bernoulli(x) draw at each step
     distorted=0.5,  # share of the training images that are slightly rotated, scaled and sheared
@@ -71,6 +73,8 @@ VARIANTS = {
     "undistorted": ("do distorted training images help?", dict(distorted=0.0)),
     "distorted-throughout": ("does the end of the training need them too?", dict(distorted_until=1.0)),
     "dropout": ("does dropout regularise as well?", dict(distorted=0.0, dropout=0.1)),
+    "normalised": ("does a causal normalisation help?", dict(normalised=True)),
+    "cosine": ("does it matter how the learning rate falls?", dict(schedule="cosine")),
     "5x5": ("narrower kernels in more layers?", dict(kernel_size=5, num_layers=12)),
     "9x9": ("wider kernels in fewer layers?", dict(kernel_size=9, num_layers=6)),
     "wide": ("more channels in fewer layers?", dict(channels=64, num_layers=4, learning_rate=2e-3)),
@@ -87,7 +91,19 @@ VARIANTS = {
     ),
 }
 
-# With the others of --ablation: other pixels, more time, other hardware.
+# What is left of the learning rate when a share of the training is done.
+FALLS = {
+    "linear": lambda share: 1 - share,
+    "cosine": lambda share: (1 + math.cos(math.pi * share)) / 2,
+}
+
+# What is left of the learning rate when a share of the training is done.
+FALLS = {
+    "linear": lambda share: 1 - share,
+    "cosine": lambda share: (1 + math.cos(math.pi * share)) / 2,
+}
+
+# Not with the others of --ablation: other pixels, more time, other hardware.
 NOT_COMPARABLE = ("stochastic", "double", "large")
 
 NUM_CLASSES = 10
@@ -117,8 +133,10 @@ def train(run, network, train_set, test_set):
     optimizer = torch.optim.Adam(
         network.parameters(), lr=options["learning_rate"], betas=(0.9, 0.99), fused=True
     )
+    fall = FALLS[options["schedule"]]
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: max(0, min((step + 1) / options["warm_up"], 1 - run.share_done(step / steps)))
+        optimizer,
+        lambda step: min((step + 1) / options["warm_up"], fall(min(1, run.share_done(step / steps)))),
     )
     criterion = nn.BCEWithLogitsLoss(reduction="sum")
     run.start(network=network, optimizer=optimizer, schedule=schedule)

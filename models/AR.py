@@ -92,6 +92,8 @@ class PixelCNN(nn.Module):
         head_channels: feature maps between the two 1 x 1 layers.
         activation: name of the nonlinearity in `torch.nn.functional`, before each layer but the first.
         dropout: probability with which each feature in a block is dropped in training.
+        normalised: normalise the input of each block over the channels of a pixel (Ba et al. 2016, arXiv 1607.06450),
+            which, unlike a normalisation over pixels, is causal.
         positional: add a learned vector for each position of a 28 x 28 image to the type-A layer's output;
             positions beyond it in a larger image share the vector of the nearest one.
         conv: the class of the masked layers.
@@ -107,6 +109,7 @@ class PixelCNN(nn.Module):
         activation="hardswish",
         block="residual",
         dropout=0.0,
+        normalised=False,
         positional=True,
         conv=MaskedConv2d,
     ):
@@ -128,6 +131,9 @@ class PixelCNN(nn.Module):
             return [masked(channels, 2 * channels if block == "gated" else channels)]
 
         self.blocks = nn.ModuleList(nn.ModuleList(layers()) for _ in range(num_layers))
+        self.norms = nn.ModuleList(
+            nn.LayerNorm(channels) if normalised else nn.Identity() for _ in range(num_layers)
+        )
         self.head = nn.ModuleList([masked(channels, head_channels, 1), masked(head_channels, 1, 1)])
 
     def forward(self, x):
@@ -162,8 +168,8 @@ class PixelCNN(nn.Module):
         """
         h = apply(self.first, x)
         h = h + offset.to(h.dtype)  # under autocast the features stay in bfloat16
-        for block in self.blocks:
-            update = h
+        for block, norm in zip(self.blocks, self.norms):
+            update = norm(h.movedim(1, -1)).movedim(-1, 1)
             for layer in block:
                 update = apply(layer, F.dropout(self.activation(update), self.dropout, self.training))
             if self.block == "gated":

@@ -19,7 +19,7 @@ ARCHITECTURES = [
     dict(),
     dict(block="plain", activation="relu", positional=False),
     dict(block="bottleneck", channels=6),
-    dict(block="gated", dropout=0.5),
+    dict(block="gated", dropout=0.5, normalised=True),
     dict(first_kernel_size=27, activation="gelu"),
     dict(kernel_size=3, num_layers=3),
     dict(kernel_size=5, num_layers=0),

@@ -72,6 +72,19 @@ class FullKernelConv2d(MaskedConv2d):
         return F.conv2d(x, self.weight * self.mask, self.bias, self.stride, self.padding)
 
 
+class DepthwiseBlock(nn.Sequential):
+    """As many rows as the mask leaves of a depthwise 7 x 7 kernel over 64 channels, and two pointwise layers."""
+
+    def __init__(self, channels=64):
+        super().__init__(
+            nn.ZeroPad2d((3, 3, 3, 0)),
+            nn.Conv2d(channels, channels, (4, 7), groups=channels),
+            nn.Conv2d(channels, 2 * channels, 1),
+            nn.Hardswish(),
+            nn.Conv2d(2 * channels, channels, 1),
+        )
+
+
 def compare_feeding(name, step, batch_size, convert, transform, images, labels):
     """An epoch fed by `utils.data.batches` against per-image transforms, with `step` and without it."""
     count = len(images) // SHARE
@@ -139,6 +152,33 @@ def compare_pixelcnn_steps(images):
     return entries
 
 
+def compare_blocks(batch_size):
+    """Forward and backward pass of a depthwise block of 64 channels against one of step 2's layers of 32.
+
+    It has 0.7 of the layer's weights; where it takes longer as well, it is not worth training.
+    """
+
+    def passes(block, channels):
+        block = block.to(memory_format=torch.channels_last)
+        x = torch.randn(batch_size, channels, 28, 28).to(memory_format=torch.channels_last).requires_grad_()
+
+        def work():
+            with torch.autocast("cpu", torch.bfloat16, enabled=runs.has_bfloat16_units(x.device)):
+                block(x).sum().backward()
+
+        return work
+
+    channels = step2.ARCHITECTURE["channels"]
+    return ratio(
+        "step 2, a block: depthwise 7 x 7 with 64 channels and two pointwise layers / 7 x 7 with 32 channels",
+        *interleave(
+            passes(DepthwiseBlock(), 64),
+            passes(MaskedConv2d("B", channels, channels, 7, padding=3), channels),
+        ),
+        batch_size=batch_size,
+    )
+
+
 def compare_samplers(num_samples):
     """Drawing with the cache against one forward pass a pixel, and against one of all pixels, which is the limit.
 
@@ -196,6 +236,7 @@ def main():
     entries = compare_feeding("step1", gan_step(), 128, to_symmetric, symmetric, images, labels)
     entries |= compare_feeding("step3", vae_step(), 256, to_unit, ToTensor(), images, labels)
     entries |= compare_pixelcnn_steps(images)
+    entries["depthwise"] = compare_blocks(step2.DEFAULTS["batch_size"])
     entries |= {f"sampling_{count}": compare_samplers(count) for count in NUMS_SAMPLES}
     folder = runs.ROOT / "results" / "benchmark"
     runs.make_folder(folder)

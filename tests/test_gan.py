@@ -400,3 +400,25 @@ def test_an_ablation_that_is_gone_on_with_keeps_finished_runs(call_step, monkeyp
     lengths.clear()
     assert call_step(step1, *flags[:-1], tmp_path / "epochs", "--epochs", "2").returncode == 0
     assert lengths == {(None, "2")}
+
+
+def test_a_run_that_fails_does_not_keep_the_others_of_an_ablation(call_step, monkeypatch, tmp_path):
+    started = []
+
+    def start(command, **_):
+        flags = dict(zip(command, command[1:]))
+        started.append(flags.get("--variant"))
+        if started[-1] == "no-dropout":
+            return subprocess.CompletedProcess(command, 2, stderr="hw2: d_loss became nan")
+        folder = runs.run_folder(Path(flags["--out-dir"]), started[-1])
+        folder.mkdir(parents=True)
+        (folder / "metrics.json").write_text(json.dumps({"wall_time": {"value": 1.0}}))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(ablation.subprocess, "run", start)
+    flags = ["--ablation", "--seeds", "1", "--out-dir", tmp_path]
+    done = call_step(step1, *flags)
+    assert done.returncode == 2 and "no-dropout with seed 0 failed" in done.stderr and "nan" in done.stderr
+    assert set(started) == {None, *step1.VARIANTS} and not (tmp_path / "ablation.csv").exists()
+    started.clear()
+    assert call_step(step1, *flags, "--resume").returncode == 2 and started == ["no-dropout"]

@@ -274,6 +274,20 @@ def test_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(call_step, monke
     assert all(torch.isfinite(tensor).all() for tensor in checkpoint["tracked"]["model"].values())
 
 
+@pytest.mark.parametrize("name", STEPS)
+def test_a_training_that_diverges_is_stopped(name, call_step, small_steps, monkeypatch, tmp_path):
+    """For real, by a learning rate that is far too high."""
+    _, flags, _, _ = STEPS[name]
+    module = children.STEPS[name]
+    for key in module.DEFAULTS:
+        if key.endswith("learning_rate"):
+            monkeypatch.setitem(module.DEFAULTS, key, 1e30)
+    done = call_step(module, "--dry-run", *flags, "--out-dir", tmp_path)
+    assert_refused(done, "lower the learning rate")
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert runs.all_finite(checkpoint["tracked"]) and not (tmp_path / "model.pt").exists()
+
+
 def test_default_folders_and_flags(call_step):
     parser = runs.make_parser("", step1.DEFAULTS)
     args = parser.parse_args([])

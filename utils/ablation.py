@@ -91,17 +91,23 @@ def run_all(script, step, args, variants, length, flags=()):
             raise UserError(f"the run of {name or 'default'} with seed {seed} failed: {reason}")
         return json.loads((where / "metrics.json").read_text())
 
-    results = {}
+    results, failures = {}, []
     with ThreadPoolExecutor(workers) as pool:
         futures = {pool.submit(train, *run): run for run in runs}
         try:
             for future in tqdm(as_completed(futures), "runs", total=len(runs), disable=None):
                 name, seed = futures[future]
-                results[name, seed] = future.result()
-                tqdm.write(f"{name or 'default'}, seed {seed}: done")
+                try:
+                    results[name, seed] = future.result()
+                    tqdm.write(f"{name or 'default'}, seed {seed}: done")
+                except UserError as error:  # a variant that diverges does not keep the others from their runs
+                    failures.append(str(error))
+                    tqdm.write(str(error))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    if failures:
+        raise UserError(f"{len(failures)} of {len(runs)} runs failed, so there is no table; {failures[0]}")
     path = folder / ("ablation.csv" if args.ablation else "seeds.csv")
     write_csv(path, _table(names, seeds, results))
     print(f"table in {path}")

@@ -20,7 +20,7 @@ class Discriminator(nn.Module):
         dropout: probability with which each hidden unit is dropped in training.
     """
 
-    def __init__(self, channels=(256, 128, 64), dropout=0.3):
+    def __init__(self, channels=(256, 128, 64), dropout=0.1):
         super().__init__()
         layers, width = [], NUM_PIXELS
         for hidden in channels:

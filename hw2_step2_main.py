@@ -97,12 +97,6 @@ FALLS = {
     "cosine": lambda share: (1 + math.cos(math.pi * share)) / 2,
 }
 
-# What is left of the learning rate when a share of the training is done.
-FALLS = {
-    "linear": lambda share: 1 - share,
-    "cosine": lambda share: (1 + math.cos(math.pi * share)) / 2,
-}
-
 # Not with the others of --ablation: other pixels, more time, other hardware.
 NOT_COMPARABLE = ("stochastic", "double", "large")
 

@@ -73,10 +73,11 @@ def judge_sampler(run, sample, pixels="none"):
     started = time.perf_counter()
     sample(64, noise).cpu()
     seconds = time.perf_counter() - started
-    count, num_real = (NUM_JUDGED_QUICKLY,) * 2 if run.args.dry_run else (NUM_JUDGED, None)
+    few = NUM_JUDGED_QUICKLY if run.args.dry_run else None
+    count = few or NUM_JUDGED
     starts = tqdm(range(0, count, CHUNK), "drawing samples", unit="chunk", disable=None, leave=False)
     images = torch.cat([sample(min(CHUNK, count - start), noise).cpu() for start in starts])
-    entries = judge(images, pixels, run.args.held_out, run.args.data_dir, num_real)
+    entries = judge(images, pixels, run.args.held_out, run.args.data_dir, num_real=few)
     entries["sampling_time"] = runs.metric(
         seconds, "seconds", "wall time of drawing 64 images", hardware=runs.hardware(run.device)
     )

@@ -36,7 +36,8 @@ def run_all(script, step, args, variants, length, flags=()):
 
     Args:
         variants: those of `--ablation` without `--variant`.
-        length: flags for how long each run of an ablation trains, unless the command line says so.
+        length: flags for how long each run of an ablation trains, unless the command line says so or the variant
+            sets `num_epochs`.
         flags: more of its flags, before those of the command line, which win.
 
     Returns:
@@ -59,9 +60,9 @@ def run_all(script, step, args, variants, length, flags=()):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"} if workers > 1 else None
     given = _other_flags()
     if args.ablation:
-        length = () if args.num_epochs or args.minutes else length
-        given = ["--held-out", *length, *flags, *given]
-    _keep_flags(folder, given, args.resume)
+        given = ["--held-out", *flags, *given]
+    length = length if args.ablation and not (args.num_epochs or args.minutes) else ()
+    _keep_flags(folder, [*length, *given], args.resume)
 
     def place(name, seed):
         return run_folder(folder / "seeds" / f"seed_{seed}", name)
@@ -70,9 +71,11 @@ def run_all(script, step, args, variants, length, flags=()):
         where = place(name, seed)
         if args.resume and _finished(where):
             return json.loads((where / "metrics.json").read_text())
+        own_length = name in variants and "num_epochs" in variants[name][1]
         command = [
             sys.executable,
             str(script),
+            *(() if own_length else length),
             *given,
             "--seed",
             str(seed),

@@ -250,16 +250,24 @@ def parzen_log_likelihood(samples, test, validation, sigmas=None):
     """
     sigmas = torch.logspace(-1, 0, 10).tolist() if sigmas is None else sigmas
     samples, test, validation = (images.flatten(1) for images in (samples, test, validation))
-    best = max(sigmas, key=lambda sigma: _log_density(validation, samples, sigma).mean().item())
-    density = _log_density(test, samples, best)
+    densities = _log_densities(validation, samples, sigmas).mean(1)
+    best = sigmas[densities.argmax()]
+    (density,) = _log_densities(test, samples, [best])
     return density.mean().item(), (density.std() / math.sqrt(len(density))).item(), best
 
 
-def _log_density(x, centres, sigma):
-    """log of the mean of N(x; centre, sigma^2 I) over the centres, for each row of x."""
-    norm = math.log(len(centres)) + x.shape[1] / 2 * math.log(2 * math.pi * sigma**2)
-    exponents = (-torch.cdist(chunk, centres).square() / (2 * sigma**2) for chunk in x.split(CHUNK))
-    return torch.cat([each.logsumexp(1) for each in exponents]) - norm
+def _log_densities(x, centres, sigmas):
+    """log of the mean of N(x; centre, sigma^2 I) over the centres, for each sigma and row of x: (sigmas, rows)."""
+    norms = [math.log(len(centres)) + x.shape[1] / 2 * math.log(2 * math.pi * sigma**2) for sigma in sigmas]
+    densities = []
+    for chunk in x.split(CHUNK):
+        squares = torch.cdist(chunk, centres).square()
+        densities.append(
+            torch.stack(
+                [(squares / (-2 * sigma**2)).logsumexp(1) - norm for sigma, norm in zip(sigmas, norms)]
+            )
+        )
+    return torch.cat(densities, 1)
 
 
 def nearest(samples, images):

@@ -3,6 +3,8 @@
 import itertools
 import json
 import math
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from models.VAE import (
     reconstruction_loss,
 )
 from tests.conftest import ROOT
-from utils import metrics
+from utils import ablation, metrics, runs
 from utils.data import binarize, load_mnist
 
 
@@ -286,6 +288,29 @@ def test_minutes_limit_the_training(call_step, monkeypatch, tmp_path):
     assert 60 * minutes - 0.5 <= seconds < 60 * minutes + 5
     schedule = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["tracked"]["schedule"]
     assert schedule["_last_lr"] == [pytest.approx(0, abs=3e-4)]
+
+
+def test_an_ablation_leaves_variants_of_the_epochs_their_own_length(call_step, monkeypatch, tmp_path):
+    lengths = {}
+
+    def start(command, **_):
+        flags = dict(zip(command, command[1:]))
+        name = flags.get("--variant")
+        lengths[name] = flags.get("--epochs")
+        folder = runs.run_folder(Path(flags["--out-dir"]), name)
+        folder.mkdir(parents=True)
+        (folder / "metrics.json").write_text(json.dumps({"wall_time": {"value": 1.0}}))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(ablation.subprocess, "run", start)
+    monkeypatch.setattr(step3, "draw_ablation", lambda *_: None)
+    for folder, more, expected in (("a", [], step3.ABLATION_LENGTH[1]), ("b", ["--epochs", "3"], "3")):
+        lengths.clear()
+        flags = ["--ablation", "--seeds", "1", "--out-dir", tmp_path / folder, *more]
+        assert call_step(step3, *flags).returncode == 0
+        assert {None, "epochs-4", "epochs-16"} < lengths.keys() and not {*step3.NOT_COMPARABLE} & lengths.keys()
+        own = {name: length for name, length in lengths.items() if length != expected}
+        assert own == ({} if more else {"epochs-4": None, "epochs-16": None})
 
 
 def test_final_figures_are_labelled(call_step, tmp_path):

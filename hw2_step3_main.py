@@ -4,7 +4,7 @@ Encoder and decoder are trained together on the evidence lower bound of Eq. 2.
 
     python hw2_step3_main.py                  train with the defaults below
     python hw2_step3_main.py --dry-run        a few batches, to look around
-    python hw2_step3_main.py --sample-only    draw from the trained decoder
+    python hw2_step3_main.py --sample-only    draw what the trained model does
     python hw2_step3_main.py --ablation       every variant below, over three seeds
 
 Writes into results/step3_vae/:
@@ -283,8 +283,23 @@ def plot_latent_images(model, path, side=PLANE_SIDE):
     plotting.save_images(path, decode_plane(model, side), side, scale=0.3)
 
 
-def draw_samples(run, model):
-    """The figures that need the decoder alone."""
+@torch.no_grad()
+def draw_posteriors(run, model, images, labels):
+    """Where q(z|x) of the test digits lies; of more than two latent dimensions the first two."""
+    mean, logvar = model.encode(to_unit(images))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.args.seed)
+        z = model.reparameterize(mean.cpu(), logvar.cpu())
+    plotting.save_scatter(
+        run.folder / "latent_means.png", mean[:, :2].cpu(), labels.cpu(), "posterior means of the test digits"
+    )
+    plotting.save_posterior(run.folder / "posterior.png", z[:, :2])
+
+
+def draw_images(run, model, test_set):
+    """Every figure of what the trained model does."""
+    for draw in (draw_reconstructions, draw_walk, draw_posteriors):
+        draw(run, model, *test_set)
     noise = torch.Generator().manual_seed(run.args.seed)
     plotting.save_images(run.folder / "samples.png", model.sample(100, noise), columns=10)
     plot_latent_images(model, run.folder / "latent_plane.png")
@@ -292,17 +307,6 @@ def draw_samples(run, model):
     plotting.save_territories(
         run.folder / "territories.png", decode_plane(model, PLANE_SIDE), PLANE_SIDE, digits
     )
-
-
-@torch.no_grad()
-def draw_posteriors(run, model, images, labels):
-    """Where q(z|x) of the test digits lies; of more than two latent dimensions the first two."""
-    mean, logvar = model.encode(to_unit(images))
-    plotting.save_scatter(
-        run.folder / "latent_means.png", mean[:, :2].cpu(), labels.cpu(), "posterior means of the test digits"
-    )
-    z = model.reparameterize(mean, logvar)[:, :2].cpu()
-    plotting.save_posterior(run.folder / "posterior.png", z)
 
 
 def write_metrics(run, model, train_set, test_set):
@@ -445,22 +449,20 @@ def main():
             draw_ablation(runs.results_folder(STEP, args), folders)
         return
     run = runs.Run(STEP, args, options)
+    train_set, full_test_set = load_mnist(args.data_dir, run.device, args.held_out)
     if args.sample_only:
-        draw_samples(run, load_model(run.folder / "model.pt", run.device))
+        draw_images(run, load_model(run.folder / "model.pt", run.device), full_test_set)
         print(f"samples in {run.folder}")
         return
 
-    train_set, (test_images, test_labels) = load_mnist(args.data_dir, run.device, args.held_out)
-    train_set, test_set = run.limit(*train_set), run.limit(test_images, test_labels)
+    train_set, test_set = run.limit(*train_set), run.limit(*full_test_set)
     network = dict(input_dim=NUM_PIXELS, hidden_dims=[*options["hidden_dims"], 2 * options["latent_dim"]])
     model = VAE_model(**network).to(run.device)
     train(run, model, train_set, test_set)
     runs.save_model(run.folder / "model.pt", STEP, model, network)
     write_metrics(run, model.eval(), train_set, test_set)
     draw_losses(run)
-    for draw in (draw_reconstructions, draw_walk, draw_posteriors):
-        draw(run, model, test_images, test_labels)
-    draw_samples(run, model)
+    draw_images(run, model, full_test_set)
 
 
 if __name__ == "__main__":

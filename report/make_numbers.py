@@ -185,7 +185,8 @@ def written(value, decimals=""):
 
 
 def _escape(text):
-    return re.sub(r"([#$%&_{}])", r"\\\1", text.replace("(R)", ""))
+    text = re.sub(r"\b1 threads", "1 thread", text.replace("(R)", ""))
+    return re.sub(r"([#$%&_{}])", r"\\\1", text)
 
 
 COLUMN = re.compile(r"(\w+)(?:([*/])([\d.]+))?:(\d+)(?::(min|max))?")

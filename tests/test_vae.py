@@ -279,7 +279,7 @@ def test_minutes_limit_the_training(call_step, monkeypatch, tmp_path):
     few = [(images[:200], labels[:200]) for images, labels in load_mnist(ROOT / "data")]
     monkeypatch.setattr(step3, "load_mnist", lambda *_: few)
     monkeypatch.setattr(step3, "write_metrics", lambda run, *_: run.finish())
-    monkeypatch.setattr(step3, "draw_samples", lambda *_: None)
+    monkeypatch.setattr(step3, "draw_images", lambda *_: None)
     minutes = 0.05
     done = call_step(step3, "--minutes", minutes, "--batch-size", 20, "--out-dir", tmp_path)
     assert done.returncode == 0, done.stderr

@@ -686,4 +686,5 @@ def hardware(device):
         cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         cpu = platform.processor() or platform.machine()
-    return f"{cpu}, {torch.get_num_threads()} threads" if device.type == "cpu" else f"{device.type} on {cpu}"
+    count = torch.get_num_threads()
+    return f"{cpu}, {count} thread{'s' * (count > 1)}" if device.type == "cpu" else f"{device.type} on {cpu}"

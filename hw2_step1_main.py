@@ -89,7 +89,7 @@ VARIANTS = {
         ),
     ),
     "plain": (
-        "how good are the base networks with equal rates and nothing else?",
+        "how good are the base networks with dropout and equal rates, and nothing else?",
         dict(d_learning_rate=2e-4, g_learning_rate=2e-4, dropout=0.3, penalty=0.0, ema_decay=0.0),
     ),
 }

@@ -15,7 +15,7 @@ The report names its numbers and never spells them out. A name is the folder of 
     \ablation{step1_gan}{reason, parzen:1:max, wall_time/60:0}
                                                    a row for each variant: its reason, or its change, and mean and
                                                    standard deviation of metrics with so many decimals, in bold the
-                                                   best and those that the spread does not tell from it
+                                                   best and those within twice its standard deviation
     \source{models/VAE.py}{kl_divergence}          a function or class of the project, as a listing
 
 Only the standard library is needed. What a name does not lead to stops the build and is named, with its place.
@@ -224,7 +224,7 @@ def _statistics(table, path, metric, operator, factor, decimals, best):
     first = means.index({"min": min, "max": max}.get(best, max)(means))
     for mean, spread in zip(means, spreads):
         text = rf"{mean:.{decimals}f} \pm {spread:.{decimals}f}"
-        close = abs(mean - means[first]) <= spread + spreads[first]
+        close = abs(mean - means[first]) <= 2 * spreads[first]
         texts.append(rf"$\mathbf{{{text}}}$" if best and close else f"${text}$")
     return texts
 

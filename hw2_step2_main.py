@@ -380,8 +380,7 @@ def main():
     options = runs.choose_options(parser, args, DEFAULTS, VARIANTS)
     step = CONDITIONAL_STEP if args.conditional else STEP
     if args.ablation or args.seeds:
-        comparable = {name: VARIANTS[name] for name in VARIANTS if name not in NOT_COMPARABLE}
-        return ablation.run_all(__file__, step, args, comparable, ABLATION_LENGTH)
+        return ablation.run_all(__file__, step, args, VARIANTS, ABLATION_LENGTH, left_out=NOT_COMPARABLE)
     run = runs.Run(step, args, options, several_processes=True)
     train_set, test_set = load_mnist(args.data_dir, run.device, args.held_out)
     if args.sample_only:

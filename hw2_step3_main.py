@@ -4,7 +4,7 @@ Encoder and decoder are trained together on the evidence lower bound of Eq. 2.
 
     python hw2_step3_main.py                  train with the defaults below
     python hw2_step3_main.py --dry-run        a few batches, to look around
-    python hw2_step3_main.py --sample-only    draw what the trained model does
+    python hw2_step3_main.py --sample-only    draw the figures of the trained model
     python hw2_step3_main.py --ablation       every variant below, over three seeds
 
 Writes into results/step3_vae/:
@@ -45,14 +45,14 @@ NUM_PIXELS = 28 * 28
 DEFAULTS = dict(
     num_epochs=120,  # passes over the 60,000 training images
     batch_size=128,
-    learning_rate=3e-3,  # falling to zero along a cosine; gets further in the same time than 1e-3
+    learning_rate=3e-3,  # falling to zero along a cosine
     kl_coeff=1.0,  # weight of the KL term; 1 is the ELBO
     kl_warm_up=0.0,  # share of the training in which that weight rises from zero
     latent_dim=2,  # two, so that the latent plane can be looked at
     hidden_dims=(256, 256, 256),  # of the encoder, the decoder mirrors them; out of the assignment's set
     binarize="stochastic",  # training pixels: a fresh Bernoulli(x) draw at each step, or "none" for grey
-    distorted=0.0,  # share of the training images rotated, scaled and sheared a little,
-    distorted_until=0.9,  # up to this share of the training; the rest is on the images as they are
+    distorted=0.0,  # share of the training images that are slightly rotated, scaled and sheared
+    distorted_until=0.9,  # of the training; its end sees images as they are
 )
 
 VARIANTS = {
@@ -304,13 +304,12 @@ def draw_images(run, model, test_set):
     plotting.save_images(run.folder / "samples.png", model.sample(100, noise), columns=10)
     plot_latent_images(model, run.folder / "latent_plane.png")
     digits = metrics.classify(decode_plane(model, FINE_SIDE)).reshape(FINE_SIDE, FINE_SIDE)
-    plotting.save_territories(
-        run.folder / "territories.png", decode_plane(model, PLANE_SIDE), PLANE_SIDE, digits
-    )
+    plane = decode_plane(model, PLANE_SIDE)
+    plotting.save_territories(run.folder / "territories.png", plane, PLANE_SIDE, digits)
 
 
 def write_metrics(run, model, train_set, test_set):
-    """Final figures; those of different pixels are on different scales, binarised ones on the literature's."""
+    """Final figures; those of different pixels are on different scales, stochastic ones on the literature's."""
     (train_images, train_labels), (images, labels) = train_set, test_set
     # A dry run is to be quick.
     few = run.args.dry_run
@@ -384,6 +383,8 @@ def draw_ablation(folder, folders):
     """ablation.png and kl_weights.png, of the runs in `folders`, by variant."""
     rows = {row["variant"]: row for row in runs.read_csv(folder / "ablation.csv")}
     groups = {title: [name for name in rows if name.startswith(start)] for start, title in GROUPS.items()}
+    grouped = sum(groups.values(), ["default"])
+    groups["other variants"] = [name for name in rows if name not in grouped]
     groups = {title: ["default", *names] for title, names in groups.items() if names}
 
     def series(**keys):
@@ -443,8 +444,8 @@ def main():
     args = parser.parse_args()
     options = runs.choose_options(parser, args, DEFAULTS, VARIANTS)
     if args.ablation or args.seeds:
-        comparable = {name: VARIANTS[name] for name in VARIANTS if name not in NOT_COMPARABLE}
-        folders = ablation.run_all(__file__, STEP, args, comparable, ABLATION_LENGTH, ABLATION_BOUND)
+        more = (ABLATION_LENGTH, ABLATION_BOUND, NOT_COMPARABLE)
+        folders = ablation.run_all(__file__, STEP, args, VARIANTS, *more)
         if args.ablation:
             draw_ablation(runs.results_folder(STEP, args), folders)
         return

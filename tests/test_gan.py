@@ -368,7 +368,8 @@ def test_an_ablation_that_is_gone_on_with_keeps_finished_runs(call_step, monkeyp
         started.append((name, "--resume" in command))
         folder = runs.run_folder(Path(flags["--out-dir"]), name)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "checkpoint.pt").touch()
+        for file in ("checkpoint.pt", "losses.csv", "model.pt"):
+            (folder / file).touch()
         (folder / "metrics.json").write_text(json.dumps({"wall_time": {"value": 1.0}}))
         return subprocess.CompletedProcess(command, 0)
 
@@ -381,7 +382,7 @@ def test_an_ablation_that_is_gone_on_with_keeps_finished_runs(call_step, monkeyp
     assert sorted(started, key=str) == sorted(((name, False) for name in names), key=str)
     folders, path = drawn[0]
     assert list(folders) == ["default", *step1.VARIANTS] and path == tmp_path / "ablation.png"
-    assert folders["public"] == tmp_path / "seeds" / "seed_0" / "variants" / "public"
+    assert folders["public"] == tmp_path / "ablation" / "seed_0" / "variants" / "public"
     assert lengths == {(step1.ABLATION_LENGTH[1], None)}
 
     started.clear()
@@ -390,12 +391,15 @@ def test_an_ablation_that_is_gone_on_with_keeps_finished_runs(call_step, monkeyp
     (folders["public"] / "metrics.json").unlink()
     (folders["saturating"] / "metrics.json").unlink()
     (folders["saturating"] / "checkpoint.pt").unlink()
-    (folders["d-freq-2"] / "checkpoint.pt").unlink()  # as in a copy that has the results alone
+    (folders["d-freq-2"] / "checkpoint.pt").unlink()
+    for file in ("checkpoint.pt", "model.pt"):  # as in a copy that has the figures alone
+        (folders["d-freq-5"] / file).unlink()
     assert call_step(step1, *flags, "--resume").returncode == 0
-    assert sorted(started) == [("plain", True), ("public", True), ("saturating", False)]
+    expected = [("d-freq-5", False), ("plain", True), ("public", True), ("saturating", False)]
+    assert sorted(started) == expected
 
     refused = call_step(step1, *flags, "--resume", "--minutes", "4")
-    assert refused.returncode == 2 and "resume with the same" in refused.stderr and len(started) == 3
+    assert refused.returncode == 2 and "resume with the same" in refused.stderr and len(started) == 4
 
     lengths.clear()
     assert call_step(step1, *flags[:-1], tmp_path / "epochs", "--epochs", "2").returncode == 0
@@ -412,6 +416,8 @@ def test_a_run_that_fails_does_not_keep_the_others_of_an_ablation(call_step, mon
             return subprocess.CompletedProcess(command, 2, stderr="hw2: d_loss became nan")
         folder = runs.run_folder(Path(flags["--out-dir"]), started[-1])
         folder.mkdir(parents=True)
+        for file in ("losses.csv", "model.pt"):
+            (folder / file).touch()
         (folder / "metrics.json").write_text(json.dumps({"wall_time": {"value": 1.0}}))
         return subprocess.CompletedProcess(command, 0)
 

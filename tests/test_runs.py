@@ -152,7 +152,8 @@ def test_ctrl_c_from_outside(tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in errors
-    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == "step1_gan"
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert checkpoint["step"] == "step1_gan" and checkpoint["position"][2] > 0  # images seen
 
 
 @pytest.mark.parametrize(
@@ -288,6 +289,23 @@ def test_a_training_that_diverges_is_stopped(name, call_step, small_steps, monke
     assert runs.all_finite(checkpoint["tracked"]) and not (tmp_path / "model.pt").exists()
 
 
+def test_an_update_that_is_not_finite_is_not_saved(call_step, monkeypatch, tmp_path):
+    """The loss was finite, the weights after the epoch's last update are not: nothing else would notice it."""
+    add, seen = runs.Run.add, []
+
+    def poison(self, *args, **losses):
+        add(self, *args, **losses)
+        seen.append(1)
+        if len(seen) == 2 * runs.DRY_RUN_BATCHES:
+            next(self._tracked["generator"].parameters()).data[0, 0] = float("inf")
+
+    monkeypatch.setattr(runs.Run, "add", poison)
+    done = call_step(step1, "--dry-run", "--out-dir", tmp_path)
+    assert_refused(done, "last update of epoch 2")
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert checkpoint["position"][:2] == (1, 0) and runs.all_finite(checkpoint["tracked"])
+
+
 def test_default_folders_and_flags(call_step):
     parser = runs.make_parser("", step1.DEFAULTS)
     args = parser.parse_args([])
@@ -376,7 +394,7 @@ def test_ablation_makes_a_table(run_step, tmp_path):
     rows = list(csv.DictReader((tmp_path / "ablation.csv").open()))
     assert [row["variant"] for row in rows] == ["default", "kl-0.1"]
     assert (tmp_path / "ablation.png").exists() and (tmp_path / "kl_weights.png").exists()
-    seeds = [json.loads((tmp_path / f"seeds/seed_{seed}/metrics.json").read_text()) for seed in (0, 1)]
+    seeds = [json.loads((tmp_path / f"ablation/seed_{seed}/metrics.json").read_text()) for seed in (0, 1)]
     values = [each["test_negative_elbo"]["value"] for each in seeds]
     assert float(rows[0]["test_negative_elbo_mean"]) == pytest.approx(sum(values) / 2, rel=1e-5)
     assert float(rows[0]["test_negative_elbo_std"]) == pytest.approx(
@@ -399,7 +417,7 @@ def test_ablation_of_step_2(run_step, tmp_path):
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader((tmp_path / "ablation.csv").open()))
     assert [row["variant"] for row in rows] == ["default", "first-7"]
-    config = json.loads((tmp_path / "seeds/seed_0/variants/first-7/config.json").read_text())
+    config = json.loads((tmp_path / "ablation/seed_0/variants/first-7/config.json").read_text())
     assert config["evaluated_on"] == "last 10,000 training images" and config["variant"] == "first-7"
 
 

@@ -14,6 +14,7 @@ from utils.runs import (
     ArgumentParser,
     UserError,
     find_device,
+    lock,
     make_folder,
     results_folder,
     run_folder,
@@ -24,18 +25,19 @@ from utils.runs import (
 DEFAULT_SEEDS = 3
 
 
-def run_all(script, step, args, variants, length, flags=()):
+def run_all(script, step, args, variants, length, flags=(), left_out=()):
     """Train `--seeds` times the default or `--variant`; with `--ablation` the default and that or every variant.
 
     An ablation is there to choose by, so it is evaluated on held-out training images.
 
-    Each run goes into seeds/seed_S below the results and is a process of its own: one thread and as many at
-    once as there are cores on the CPU, one at a time on a GPU. With `--resume` finished runs are kept as they
-    are and interrupted ones go on; it takes the flags of the first time, which seeds/flags.json keeps. The
-    table, ablation.csv or seeds.csv, has the mean and standard deviation of every figure that the first run has.
+    Each run goes into ablation/seed_S or seeds/seed_S below the results and is a process of its own: as many at
+    once as there are cores on the CPU, with one thread each, and one at a time on a GPU. With `--resume` finished
+    runs are kept as they are and interrupted ones go on; it takes the flags of the first time, which flags.json
+    beside them keeps. The table, ablation.csv or seeds.csv, has the mean and standard deviation of every figure that
+    the first run has. A run that fails does not keep the others from being run, but there is no table then.
 
     Args:
-        variants: those of `--ablation` without `--variant`.
+        variants: all of the step's; `left_out` names those that `--ablation` leaves out without `--variant`.
         length: flags for how long each run of an ablation trains, unless the command line says so or the variant
             sets `num_epochs`.
         flags: more of its flags, before those of the command line, which win.
@@ -48,8 +50,11 @@ def run_all(script, step, args, variants, length, flags=()):
             "several runs use all the cores by themselves: start them with python, not with torchrun"
         )
     folder = results_folder(step, args)
-    names = [args.variant] if args.variant else list(variants) if args.ablation else []
-    names = [None, *names] if args.ablation or not names else names
+    if args.ablation:
+        names = [None, *([args.variant] if args.variant else [name for name in variants if name not in left_out])]
+    else:
+        names = [args.variant]
+    place_of_all = folder / ("ablation" if args.ablation else "seeds")
     seeds = range(args.seed, args.seed + (args.seeds or DEFAULT_SEEDS))
     runs = [(name, seed) for name in names for seed in seeds]
     on_cpu = find_device(args.device).type == "cpu"
@@ -62,16 +67,15 @@ def run_all(script, step, args, variants, length, flags=()):
     if args.ablation:
         given = ["--held-out", *flags, *given]
     length = length if args.ablation and not (args.num_epochs or args.minutes) else ()
-    _keep_flags(folder, [*length, *given], args.resume)
 
     def place(name, seed):
-        return run_folder(folder / "seeds" / f"seed_{seed}", name)
+        return run_folder(place_of_all / f"seed_{seed}", name)
 
     def train(name, seed):
         where = place(name, seed)
         if args.resume and _finished(where):
             return json.loads((where / "metrics.json").read_text())
-        own_length = name in variants and "num_epochs" in variants[name][1]
+        own_length = name is not None and "num_epochs" in variants[name][1]
         command = [
             sys.executable,
             str(script),
@@ -94,6 +98,22 @@ def run_all(script, step, args, variants, length, flags=()):
             raise UserError(f"the run of {name or 'default'} with seed {seed} failed: {reason}")
         return json.loads((where / "metrics.json").read_text())
 
+    make_folder(place_of_all)
+    with lock(place_of_all):
+        _keep_flags(place_of_all, [*length, *given], args.resume)
+        results = _train_all(train, runs, workers)
+    path = place_of_all.with_suffix(".csv")
+    write_csv(path, _table(names, seeds, results))
+    print(f"table in {path}")
+    return {name or "default": place(name, args.seed) for name in names}
+
+
+def _train_all(train, runs, workers):
+    """The results of `train(name, seed)` for all of the runs, so many at once, by name and seed.
+
+    Raises:
+        UserError: some have failed; the others have been run all the same.
+    """
     results, failures = {}, []
     with ThreadPoolExecutor(workers) as pool:
         futures = {pool.submit(train, *run): run for run in runs}
@@ -111,15 +131,12 @@ def run_all(script, step, args, variants, length, flags=()):
             raise
     if failures:
         raise UserError(f"{len(failures)} of {len(runs)} runs failed, so there is no table; {failures[0]}")
-    path = folder / ("ablation.csv" if args.ablation else "seeds.csv")
-    write_csv(path, _table(names, seeds, results))
-    print(f"table in {path}")
-    return {name or "default": place(name, args.seed) for name in names}
+    return results
 
 
 def _keep_flags(folder, given, resume):
     """Write the flags of the runs into flags.json; those of runs that are gone on with have to be the same."""
-    path = folder / "seeds" / "flags.json"
+    path = folder / "flags.json"
     if resume and path.exists():
         kept = json.loads(path.read_text())
         if kept != given:
@@ -128,20 +145,19 @@ def _keep_flags(folder, given, resume):
                 "start anew without --resume"
             )
         return
-    make_folder(path.parent)
     write_json(path, given)
 
 
 def _finished(folder):
-    """Whether a run has written its figures, later than its last checkpoint if there still is one."""
+    """Whether a run has left all that a table and its figures take, later than its last checkpoint if there still is one."""
     metrics, checkpoint = folder / "metrics.json", folder / "checkpoint.pt"
-    return metrics.exists() and not (
-        checkpoint.exists() and checkpoint.stat().st_mtime_ns > metrics.stat().st_mtime_ns
-    )
+    if not all((folder / name).exists() for name in ("metrics.json", "losses.csv", "model.pt")):
+        return False
+    return not (checkpoint.exists() and checkpoint.stat().st_mtime_ns > metrics.stat().st_mtime_ns)
 
 
 def _other_flags():
-    """The command line without the flags that differ from run to run."""
+    """The command line without the flags that are not passed on as they are."""
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--ablation", "--resume"):
         parser.add_argument(flag, action="store_true")
@@ -151,13 +167,11 @@ def _other_flags():
 
 
 def _table(names, seeds, results):
-    """Columns: the variant, the number of seeds, then mean and standard deviation of each metric that it has."""
+    """Columns: the variant, the number of seeds, then mean and standard deviation of each metric of the first run."""
     table = {"variant": [name or "default" for name in names], "seeds": [len(seeds)] * len(names)}
     for key in results[names[0], seeds[0]]:
-        values = [
-            [results[name, seed][key]["value"] for seed in seeds if key in results[name, seed]]
-            for name in names
-        ]
+        found = [[results[name, seed].get(key, {}).get("value") for seed in seeds] for name in names]
+        values = [[value for value in each if value is not None] for each in found]
         table[f"{key}_mean"] = [statistics.fmean(each) if each else None for each in values]
         table[f"{key}_std"] = [statistics.stdev(each) if len(each) > 1 else None for each in values]
     return table

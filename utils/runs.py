@@ -454,11 +454,11 @@ class Run:
             tracked: everything that training changes, by name: objects with state_dict and load_state_dict.
         """
         self._tracked, self._started = tracked, time.perf_counter()
-        if self.args.resume:
-            self._restore()
         make_folder(self.folder)
         if parallel.is_first():
             self._lock = lock(self.folder)
+        if self.args.resume:
+            self._restore()
         write_json(self.folder / "config.json", self._config())
         if not self.args.resume:
             self._save()
@@ -526,19 +526,19 @@ class Run:
             UserError: a loss is not finite; the checkpoint stays the last good one.
         """
         losses = {name: value for name, value in losses.items() if value is not None}
-        self._require_finite(losses)
+        self._require_finite(losses, f"in epoch {self.epoch + 1}, batch {self.batch + 1}")
         self.images_seen += count
         for name, value in losses.items():
             total, seen = self._sums.get(name, (0.0, 0))
             self._sums[name] = (total + value * count, seen + count)
         self._bar.set_postfix({name: f"{value:.3f}" for name, value in losses.items()}, refresh=False)
 
-    def _require_finite(self, values):
+    def _require_finite(self, values, where):
         for name, value in values.items():
             if not math.isfinite(value):
                 raise UserError(
-                    f"{name} became {value} in epoch {self.epoch + 1}, batch {self.batch + 1}: the checkpoint before "
-                    "it is kept; lower the learning rate or choose another --seed"
+                    f"{name} became {value} {where}: the checkpoint before it is kept; lower the learning rate or "
+                    "choose another --seed"
                 )
 
     def means(self):
@@ -549,7 +549,8 @@ class Run:
 
     def log(self, **row):
         """A row of losses.csv; every row has the same columns, None leaves a cell empty."""
-        self._require_finite({name: value for name, value in row.items() if value is not None})
+        where = f"in the evaluation after epoch {row.get('epoch', self.epoch)}"
+        self._require_finite({name: value for name, value in row.items() if value is not None}, where)
         for name, value in row.items():
             self.history.setdefault(name, []).append(value)
 
@@ -602,6 +603,12 @@ class Run:
         return {**self.options, **flags}
 
     def _save(self):
+        tracked = {name: each.state_dict() for name, each in self._tracked.items()}
+        if not all_finite(tracked):
+            raise UserError(
+                f"the last update of epoch {self.epoch + (self.batch > 0)} gave numbers that are not finite: the checkpoint before it "
+                "is kept; lower the learning rate or choose another --seed"
+            )
         self.seconds, self._started = self.elapsed(), time.perf_counter()
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
@@ -616,7 +623,7 @@ class Run:
             "history": self.history,
             "snapshots": self.snapshots,
             "random": random,
-            "tracked": {name: each.state_dict() for name, each in self._tracked.items()},
+            "tracked": tracked,
         }
         save_tensors(self.folder / "checkpoint.pt", checkpoint)
         write_csv(self.folder / "losses.csv", self.history)

@@ -211,7 +211,11 @@ def limit_files(name, number):
 
 
 def watch_memory(path):
-    """Write the resident memory after each epoch, in MiB, and the number of open figures, to a JSON file."""
+    """Write the resident memory after each epoch, in MiB, and the number of open figures, to a JSON file.
+
+    Freed memory goes back to the system, where a growing heap is not hidden by what was freed before.
+    """
+    runs.keep_freed_memory = lambda: None
     say, resident = runs.Run.say, []
 
     def watching(self, *args, **values):

@@ -313,6 +313,7 @@ OWN_VALUES = {
     "vae": {
         "--kl-coeff": (["0", "0.5", "1", "1e-30"], ["-1", "nan", "inf", "much", ""]),
         "--latent-dim": numbers(2, "20"),
+        "--bound-samples": numbers(1, "500"),
     },
 }
 OWN_VALUES["conditional"] = OWN_VALUES["pixelcnn"]

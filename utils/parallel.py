@@ -59,13 +59,19 @@ def share(batch):
     return batch[distributed.get_rank() :: num_processes()] if distributed.is_initialized() else batch
 
 
+_summed = None
+
+
 def total(value, device="cpu"):
     """The sum of a number over the processes."""
     if not distributed.is_initialized():
         return value
-    number = torch.tensor(float(value), dtype=torch.float64, device=device)
-    distributed.all_reduce(number)
-    return number.item()
+    # Kept until the next sum. If the thread that sums were the last to hold it, it would need the interpreter's lock to
+    # free it, which `destroy_process_group` of torch 2.6 holds while it waits for that thread: neither would ever end.
+    global _summed
+    _summed = torch.tensor(float(value), dtype=torch.float64, device=device)
+    distributed.all_reduce(_summed)
+    return _summed.item()
 
 
 def mean(number):

@@ -394,9 +394,9 @@ def draw_ablation(folder, folders):
         }
 
     panels = [
-        ("nats per image, held-out", {"-ELBO": "test_negative_elbo", "importance bound": "test_bound"}),
-        ("accuracy of the nearest neighbour", {"posterior means": "neighbour_accuracy"}),
-        ("Frechet distance of samples", {"samples": "frechet_distance"}),
+        ("nats per image", {"negative ELBO": "test_negative_elbo", "importance bound": "test_bound"}),
+        ("neighbour's label", {"accuracy": "neighbour_accuracy"}),
+        ("Frechet distance", {"samples": "frechet_distance"}),
     ]
     plotting.save_ablation(
         folder / "ablation.png", groups, [(xlabel, series(**keys)) for xlabel, keys in panels]

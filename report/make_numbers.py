@@ -69,7 +69,9 @@ def look_up(name, root=ROOT):
         return _epoch_mean(folder / "losses.csv", *keys[1:])
     if (folder / f"{keys[0]}.csv").exists() or keys[0] in ("ablation", "seeds"):
         path = folder / f"{keys[0]}.csv"
-        return _number(_find({row["variant"]: row for row in read_table(path)}, keys[1:], path))
+        rows = {row["variant"]: row for row in read_table(path)}
+        *variant, column = keys[1:]  # a variant's name may have a dot in it
+        return _number(_find(rows, [".".join(variant), column], path))
     if (folder / f"{keys[0]}.json").exists():
         path = folder / f"{keys[0]}.json"
         return _find(_read_json(path), keys[1:], path)

@@ -121,9 +121,9 @@ def root(tmp_path):
     config = dict(seed=7, hardware="CPU_1 100%", minutes=None, hyperparameters=options)
     (run / "config.json").write_text(json.dumps(config))
     (run / "losses.csv").write_text("iteration,epoch,loss\n1,1,2\n2,1,4\n3,2,\n4,2,1\n")
-    table = "variant,seeds,nll_mean,nll_std\ndefault,2,10,1\nnarrow,2,8,0.7\nwide-one,2,9.3,1\n"
+    table = "variant,seeds,nll_mean,nll_std\ndefault,2,10,1\nnarrow,2,8,0.7\nwide-1.5,2,9.3,1\n"
     (run / "ablation.csv").write_text(table)
-    variants = '{"narrow": ("why?", dict(width=1)), "wide-one": ("is it a_b?", dict(width=(2, 3)))}'
+    variants = '{"narrow": ("why?", dict(width=1)), "wide-1.5": ("is it a_b?", dict(width=(2, 3)))}'
     (tmp_path / "hw2_step9_main.py").write_text(f"import nothing_there\n\nVARIANTS = {variants}\n")
     (tmp_path / "report.tex").write_text(r"NLL \val{step9_toy.nll}{1}")
     return tmp_path
@@ -141,7 +141,7 @@ def root(tmp_path):
         (r"\val{step9_toy.hardware}{}", r"CPU\_1 100\%"),
         (r"\val{step9_toy.losses.1.loss}{1}", "3.0"),
         (r"\val{step9_toy.losses.last.loss}{1}", "1.0"),
-        (r"\val{step9_toy.ablation.wide-one.nll_mean}{1}", "9.3"),
+        (r"\val{step9_toy.ablation.wide-1.5.nll_mean}{1}", "9.3"),
         (r"\calc{2 * [step9_toy.nll.floor] + log(1)}{2}", "0.50"),
         (r"\calc{dense(4, *[step9_toy.channels])}{0}", "23"),
         (r"\calc{masked('A', 1, 2, 3) + masked('B', 2, 1, 3)}{0}", "21"),
@@ -199,7 +199,7 @@ def test_ablation_table(numbers, root):
     assert rows == [
         r"\texttt{default} & the reported run &  & $10.0 \pm 1.0$ & $5 \pm 0$ \\",
         r"\texttt{narrow} & why? & \texttt{width=1} & $\mathbf{8.0 \pm 0.7}$ & $4 \pm 0$ \\",
-        r"\texttt{wide-one} & is it a\_b? & \texttt{width=(2, 3)} & $\mathbf{9.3 \pm 1.0}$ & $5 \pm 0$ \\",
+        r"\texttt{wide-1.5} & is it a\_b? & \texttt{width=(2, 3)} & $\mathbf{9.3 \pm 1.0}$ & $5 \pm 0$ \\",
     ]
 
 

@@ -377,9 +377,7 @@ def save_ablation(path, groups, panels):
         row[0].set_title(title, loc="left")
     for axis, (xlabel, series) in zip(axes[-1], panels):
         axis.set_xlabel(xlabel)
-    for axis, (_, series) in zip(axes[0], panels):
-        if len(series) > 1:
-            axis.legend(fontsize="small")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
     save(figure, path)
 
 

@@ -454,9 +454,10 @@ class Run:
             tracked: everything that training changes, by name: objects with state_dict and load_state_dict.
         """
         self._tracked, self._started = tracked, time.perf_counter()
-        make_folder(self.folder)
-        if parallel.is_first():
-            self._lock = lock(self.folder)
+        if self.folder.exists() or not self.args.resume:
+            make_folder(self.folder)
+            if parallel.is_first():
+                self._lock = lock(self.folder)
         if self.args.resume:
             self._restore()
         write_json(self.folder / "config.json", self._config())

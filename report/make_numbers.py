@@ -239,7 +239,7 @@ def variants(script):
             break
     else:
         raise Missing(f"{script} has no VARIANTS")
-    explained = {"default": ("the reported run", "")}
+    explained = {"default": ("the reported settings", "")}
     for key, value in pairs:
         reason, changes = value.elts
         change = ", ".join(f"{each.arg}={ast.unparse(each.value)}" for each in changes.keywords)

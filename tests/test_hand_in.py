@@ -197,7 +197,7 @@ def test_ablation_table(numbers, root):
     """The best, and what is within twice its spread, in bold; the script with the reasons is not run."""
     rows = numbers.ablation("step9_toy", "reason, change, nll:1:min, nll/2:0", root).splitlines()
     assert rows == [
-        r"\texttt{default} & the reported run &  & $10.0 \pm 1.0$ & $5 \pm 0$ \\",
+        r"\texttt{default} & the reported settings &  & $10.0 \pm 1.0$ & $5 \pm 0$ \\",
         r"\texttt{narrow} & why? & \texttt{width=1} & $\mathbf{8.0 \pm 0.7}$ & $4 \pm 0$ \\",
         r"\texttt{wide-1.5} & is it a\_b? & \texttt{width=(2, 3)} & $\mathbf{9.3 \pm 1.0}$ & $5 \pm 0$ \\",
     ]

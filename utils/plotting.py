@@ -86,7 +86,7 @@ def save_curves(path, x, panels, xlabel="epoch", smooth=1):
         for color, (label, height) in zip(COLORS if len(references) > 1 else ["black"], references.items()):
             axis.axhline(height, color=color, linestyle="--", linewidth=1, label=label)
         axis.set(xlabel=xlabel, ylabel=ylabel)
-        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(min(6, 12 // len(panels)), integer=True))
         axis.legend()
     save(figure, path)
 

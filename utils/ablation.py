@@ -31,7 +31,7 @@ def run_all(script, step, args, variants, length, flags=(), left_out=()):
     An ablation is there to choose by, so it is evaluated on held-out training images.
 
     Each run goes into ablation/seed_S or seeds/seed_S below the results and is a process of its own: as many at
-    once as there are cores on the CPU, with one thread each, and one at a time on a GPU. With `--resume` finished
+    once as there are cores on the CPU, with one thread each if they are several, and one at a time on a GPU. With `--resume` finished
     runs are kept as they are and interrupted ones go on; it takes the flags of the first time, which flags.json
     beside them keeps. The table, ablation.csv or seeds.csv, has the mean and standard deviation of every figure that
     the first run has. A run that fails does not keep the others from being run, but there is no table then.
@@ -51,7 +51,8 @@ def run_all(script, step, args, variants, length, flags=(), left_out=()):
         )
     folder = results_folder(step, args)
     if args.ablation:
-        names = [None, *([args.variant] if args.variant else [name for name in variants if name not in left_out])]
+        comparable = [name for name in variants if name not in left_out]
+        names = [None, *([args.variant] if args.variant else comparable)]
     else:
         names = [args.variant]
     place_of_all = folder / ("ablation" if args.ablation else "seeds")
@@ -149,7 +150,7 @@ def _keep_flags(folder, given, resume):
 
 
 def _finished(folder):
-    """Whether a run has left all that a table and its figures take, later than its last checkpoint if there still is one."""
+    """Whether a run has left all that a table and its figures take, later than a checkpoint that is still there."""
     metrics, checkpoint = folder / "metrics.json", folder / "checkpoint.pt"
     if not all((folder / name).exists() for name in ("metrics.json", "losses.csv", "model.pt")):
         return False

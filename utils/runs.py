@@ -607,8 +607,8 @@ class Run:
         tracked = {name: each.state_dict() for name, each in self._tracked.items()}
         if not all_finite(tracked):
             raise UserError(
-                f"the last update of epoch {self.epoch + (self.batch > 0)} gave numbers that are not finite: the checkpoint before it "
-                "is kept; lower the learning rate or choose another --seed"
+                f"the last update of epoch {self.epoch + (self.batch > 0)} gave numbers that are not finite: the "
+                "checkpoint before it is kept; lower the learning rate or choose another --seed"
             )
         self.seconds, self._started = self.elapsed(), time.perf_counter()
         random = {"cpu": torch.get_rng_state()}

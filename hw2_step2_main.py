@@ -25,6 +25,7 @@ and with --conditional:
 """
 
 import math
+from itertools import chain
 
 import torch
 from torch import nn
@@ -34,6 +35,7 @@ from tqdm import tqdm
 from models.AR import ConditionalPixelCNN, PixelCNN
 from utils import ablation, metrics, parallel, plotting, runs
 from utils.data import batches, binarize, distort, load_mnist
+from utils.muon import Muon
 
 STEP, CONDITIONAL_STEP = "step2_pixelcnn", "step2_conditional_pixelcnn"
 
@@ -51,11 +53,12 @@ ARCHITECTURE = dict(
 )
 
 DEFAULTS = dict(
-    num_epochs=18,  # passes over the 60,000 training images
+    num_epochs=12,  # passes over the 60,000 training images
     batch_size=32,  # a quarter of the handout's, so four times its steps in an epoch
-    learning_rate=3e-3,  # peak, reached after the warm-up and falling to zero at the end
-    warm_up=200,  # steps in which the learning rate rises
-    schedule="linear",  # or "cosine", along which it falls to zero
+    learning_rate=3e-3,  # of Adam; its peak, reached after the warm-up and falling to zero at the end
+    muon_rate=0.02,  # of Muon, likewise, for the kernels of the blocks; without it Adam trains them too
+    warm_up=200,  # steps in which the learning rates rise
+    schedule="linear",  # or "cosine", along which they fall to zero
     clip_norm=50.0,  # of the gradient, in nats per image
     binarize="threshold",  # x > 0.5; or "stochastic", a fresh Bernoulli(x) draw at each step
     distorted=0.5,  # share of the training images that are slightly rotated, scaled and sheared
@@ -67,6 +70,7 @@ VARIANTS = {
     "plain": ("what do the residual connections do?", dict(block="plain", learning_rate=1e-3)),
     "bottleneck": ("residual blocks as in the paper?", dict(block="bottleneck", channels=64, num_layers=12)),
     "gated": ("do gates earn their cost?", dict(block="gated", channels=24)),
+    "adam": ("does Muon earn its place?", dict(muon_rate=None)),
     "relu": ("does the smooth activation matter?", dict(activation="relu")),
     "first-7": ("does the wide first layer matter?", dict(first_kernel_size=7)),
     "no-position": ("does it help to know where in the image one is?", dict(positional=False)),
@@ -84,7 +88,7 @@ VARIANTS = {
         "how good is it on the scale of the literature?",
         dict(binarize="stochastic", distorted=0.0),
     ),
-    "double": ("what does twice the time buy?", dict(num_epochs=36)),
+    "double": ("what does twice the time buy?", dict(num_epochs=24)),
     "large": (
         "how far does it go on a GPU?",
         dict(num_epochs=100, num_layers=12, channels=96, batch_size=64, learning_rate=1e-3),
@@ -124,23 +128,26 @@ def train(run, network, train_set, test_set):
     options = run.options
     num_epochs, batch_size = options["num_epochs"], options["batch_size"]
     steps = num_epochs * math.ceil(len(train_set[0]) / batch_size)
-    optimizer = torch.optim.Adam(
-        network.parameters(), lr=options["learning_rate"], betas=(0.9, 0.99), fused=True
-    )
     fall = FALLS[options["schedule"]]
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / options["warm_up"], fall(min(1, run.share_done(step / steps)))),
-    )
+
+    def share_of_rate(step):
+        return min((step + 1) / options["warm_up"], fall(min(1, run.share_done(step / steps))))
+
+    optimizers = make_optimizers(network, options)
+    schedules = {
+        f"{name}_schedule": torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_rate)
+        for name, optimizer in optimizers.items()
+    }
     criterion = nn.BCEWithLogitsLoss(reduction="sum")
-    run.start(network=network, optimizer=optimizer, schedule=schedule)
+    run.start(network=network, **optimizers, **schedules)
     model = parallel.wrap(network)
     if run.epoch == run.batch == 0:
         log_epoch(run, network, test_set, epoch=0)
 
     for epoch in run.epochs(num_epochs):
         for images, labels in run.progress(batches(*train_set, batch_size, run.order())):
-            if run.share_done(schedule.last_epoch / steps) < options["distorted_until"]:
+            step = schedules["adam_schedule"].last_epoch
+            if run.share_done(step / steps) < options["distorted_until"]:
                 images = distort(images, options["distorted"])
             x = binarize(images, options["binarize"])
             x, labels = parallel.share(x), parallel.share(labels)
@@ -148,13 +155,23 @@ def train(run, network, train_set, test_set):
                 logits = model(*inputs(network, x, labels))
             # Nats per image of the whole batch; gradients are averaged over the processes.
             loss = criterion(logits.float(), x) * parallel.num_processes() / len(images)
-            optimizer.zero_grad()
+            network.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(network.parameters(), options["clip_norm"])
-            optimizer.step()
-            schedule.step()
+            for optimizer in optimizers.values():
+                optimizer.step()
+            for schedule in schedules.values():
+                schedule.step()
             run.add(len(images), train_nll=parallel.mean(loss))
         log_epoch(run, network, test_set, epoch)
+
+
+def make_optimizers(network, options):
+    """Muon for the kernels of the blocks, nearly all of the weights, and Adam for the others, by name."""
+    kernels = [layer.weight for layer in chain(*network.blocks)] if options["muon_rate"] else []
+    others = [each for each in network.parameters() if not any(each is kernel for kernel in kernels)]
+    adam = torch.optim.Adam(others, lr=options["learning_rate"], betas=(0.9, 0.99), fused=True)
+    return {"adam": adam, "muon": Muon(kernels, options["muon_rate"])} if kernels else {"adam": adam}
 
 
 def log_epoch(run, network, test_set, epoch):

@@ -436,7 +436,7 @@ def test_minutes_limit_the_training(call_step, small_steps, monkeypatch, tmp_pat
     # The last checkpoint is written after the clock is read.
     assert 60 * minutes - 0.5 <= seconds < 60 * minutes + 5
     checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    schedule = checkpoint["tracked"]["schedule"]
+    schedule = checkpoint["tracked"]["adam_schedule"]
     assert schedule["last_epoch"] == len(steps) and schedule["_last_lr"] == [pytest.approx(0, abs=6e-4)]
 
 

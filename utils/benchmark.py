@@ -114,16 +114,17 @@ def compare_pixelcnn_steps(images):
 
     def steps(memory_format, bfloat16, **changes):
         network = PixelCNN(**step2.ARCHITECTURE, **changes).to(memory_format=memory_format)
-        optimizer = torch.optim.Adam(network.parameters(), fused=True)
+        optimizers = step2.make_optimizers(network, step2.DEFAULTS).values()
 
         def work():
             for _ in range(STEPS):
                 with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
                     logits = network(x)
                 loss = F.binary_cross_entropy_with_logits(logits.float(), x)
-                optimizer.zero_grad()
+                network.zero_grad()
                 loss.backward()
-                optimizer.step()
+                for optimizer in optimizers:
+                    optimizer.step()
 
         return work
 

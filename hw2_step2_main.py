@@ -30,6 +30,7 @@ from itertools import chain
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from models.AR import ConditionalPixelCNN, PixelCNN
@@ -60,6 +61,7 @@ DEFAULTS = dict(
     warm_up=200,  # steps in which the learning rates rise
     schedule="linear",  # or "cosine", along which they fall to zero
     clip_norm=50.0,  # of the gradient, in nats per image
+    ema_decay=0.0,  # of an average of the weights to be evaluated in place of the last
     binarize="threshold",  # x > 0.5; or "stochastic", a fresh Bernoulli(x) draw at each step
     distorted=0.5,  # share of the training images that are slightly rotated, scaled and sheared
     distorted_until=0.8,  # of the training; its end sees images as they are
@@ -69,16 +71,22 @@ DEFAULTS = dict(
 VARIANTS = {
     "plain": ("what do the residual connections do?", dict(block="plain", learning_rate=1e-3)),
     "bottleneck": ("residual blocks as in the paper?", dict(block="bottleneck", channels=64, num_layers=12)),
+    "depthwise": (
+        "one kernel for each channel?",
+        dict(block="depthwise", channels=48, num_layers=6),
+    ),
     "gated": ("do gates earn their cost?", dict(block="gated", channels=24)),
     "adam": ("does Muon earn its place?", dict(muon_rate=None)),
     "relu": ("does the smooth activation matter?", dict(activation="relu")),
     "first-7": ("does the wide first layer matter?", dict(first_kernel_size=7)),
+    "first-55": ("does the rest of the blind spot matter?", dict(first_kernel_size=55)),
     "no-position": ("does it help to know where in the image one is?", dict(positional=False)),
     "undistorted": ("do distorted training images help?", dict(distorted=0.0)),
     "distorted-throughout": ("does the end of the training need them too?", dict(distorted_until=1.0)),
     "dropout": ("does dropout regularise as well?", dict(distorted=0.0, dropout=0.1)),
     "normalised": ("does a causal normalisation help?", dict(normalised=True)),
     "cosine": ("does it matter how the learning rate falls?", dict(schedule="cosine")),
+    "average": ("does an average of the weights help?", dict(ema_decay=0.999)),
     "5x5": ("narrower kernels in more layers?", dict(kernel_size=5, num_layers=12)),
     "9x9": ("wider kernels in fewer layers?", dict(kernel_size=9, num_layers=6)),
     "wide": ("more channels in fewer layers?", dict(channels=64, num_layers=4, learning_rate=2e-3)),
@@ -124,7 +132,11 @@ def inputs(network, x, labels):
 
 
 def train(run, network, train_set, test_set):
-    """Minimise the binary cross-entropy, which is the negative log-likelihood, over uint8 images."""
+    """Minimise the binary cross-entropy, which is the negative log-likelihood, over uint8 images.
+
+    Returns:
+        The network to evaluate, whose weights are an average or, without one, those of the last step.
+    """
     options = run.options
     num_epochs, batch_size = options["num_epochs"], options["batch_size"]
     steps = num_epochs * math.ceil(len(train_set[0]) / batch_size)
@@ -133,16 +145,17 @@ def train(run, network, train_set, test_set):
     def share_of_rate(step):
         return min((step + 1) / options["warm_up"], fall(min(1, run.share_done(step / steps))))
 
+    averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(options["ema_decay"])).eval()
     optimizers = make_optimizers(network, options)
     schedules = {
         f"{name}_schedule": torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_rate)
         for name, optimizer in optimizers.items()
     }
     criterion = nn.BCEWithLogitsLoss(reduction="sum")
-    run.start(network=network, **optimizers, **schedules)
+    run.start(network=network, averaged=averaged, **optimizers, **schedules)
     model = parallel.wrap(network)
     if run.epoch == run.batch == 0:
-        log_epoch(run, network, test_set, epoch=0)
+        log_epoch(run, averaged.module, test_set, epoch=0)
 
     for epoch in run.epochs(num_epochs):
         for images, labels in run.progress(batches(*train_set, batch_size, run.order())):
@@ -162,13 +175,16 @@ def train(run, network, train_set, test_set):
                 optimizer.step()
             for schedule in schedules.values():
                 schedule.step()
+            averaged.update_parameters(network)
             run.add(len(images), train_nll=parallel.mean(loss))
-        log_epoch(run, network, test_set, epoch)
+        log_epoch(run, averaged.module, test_set, epoch)
+    return averaged.module
 
 
 def make_optimizers(network, options):
-    """Muon for the kernels of the blocks, nearly all of the weights, and Adam for the others, by name."""
-    kernels = [layer.weight for layer in chain(*network.blocks)] if options["muon_rate"] else []
+    """Muon for the kernels of the blocks, which are most of the weights, and Adam for the others, by name."""
+    layers = chain(*network.blocks) if options["muon_rate"] else ()
+    kernels = [layer.weight for layer in layers if layer.groups == 1]  # a depthwise kernel mixes no channels
     others = [each for each in network.parameters() if not any(each is kernel for kernel in kernels)]
     adam = torch.optim.Adam(others, lr=options["learning_rate"], betas=(0.9, 0.99), fused=True)
     return {"adam": adam, "muon": Muon(kernels, options["muon_rate"])} if kernels else {"adam": adam}
@@ -410,11 +426,11 @@ def main():
     train_set, test_set = run.limit(*train_set), run.limit(*test_set)
     architecture = dict(conditional=args.conditional, **{key: options[key] for key in ARCHITECTURE})
     network = build_network(**architecture).to(run.device, memory_format=torch.channels_last)
-    train(run, network, train_set, test_set)
+    network = train(run, network, train_set, test_set)
     if not parallel.go_on_alone():
         return
     runs.save_model(run.folder / "model.pt", step, network, architecture)
-    write_metrics(run, network.eval(), train_set, test_set)
+    write_metrics(run, network, train_set, test_set)
     draw_losses(run)
     draw_samples(run, network, args.digit, full_test_set)
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 IMAGE_SHAPE = (1, 28, 28)
-BLOCKS = ("plain", "residual", "bottleneck", "gated")
+BLOCKS = ("plain", "residual", "bottleneck", "depthwise", "gated")
 
 
 class MaskedConv2d(nn.Conv2d):
@@ -28,10 +28,12 @@ class MaskedConv2d(nn.Conv2d):
         padding: pixels on each side, as in `nn.Conv2d`; the other arguments likewise. Kernels are odd.
     """
 
-    def __init__(self, mask_type, in_channels, out_channels, kernel_size, stride=1, padding=0, bias=True):
+    def __init__(
+        self, mask_type, in_channels, out_channels, kernel_size, stride=1, padding=0, bias=True, groups=1
+    ):
         if mask_type not in ("A", "B"):
             raise ValueError(f"mask_type is 'A' or 'B', not {mask_type!r}")
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=bias)
         self.mask_type = mask_type
         row, column = (size // 2 for size in self.kernel_size)
         mask = torch.ones_like(self.weight)
@@ -46,7 +48,8 @@ class MaskedConv2d(nn.Conv2d):
         top, side = self.padding
         if top or side or hidden_rows:
             x = F.pad(x, (side, side, top, top - hidden_rows))
-        return F.conv2d(x, self.weight[:, :, :rows] * self.mask[:, :, :rows], self.bias, self.stride)
+        weight = self.weight[:, :, :rows] * self.mask[:, :, :rows]
+        return F.conv2d(x, weight, self.bias, self.stride, groups=self.groups)
 
     def constant(self):
         """What the layer adds to every pixel of its output."""
@@ -60,9 +63,18 @@ class ConditionalMaskedConv2d(MaskedConv2d):
     """
 
     def __init__(
-        self, mask_type, in_channels, out_channels, kernel_size, num_classes, stride=1, padding=0, bias=True
+        self,
+        mask_type,
+        in_channels,
+        out_channels,
+        kernel_size,
+        num_classes,
+        stride=1,
+        padding=0,
+        bias=True,
+        groups=1,
     ):
-        super().__init__(mask_type, in_channels, out_channels, kernel_size, stride, padding, bias)
+        super().__init__(mask_type, in_channels, out_channels, kernel_size, stride, padding, bias, groups)
         self.class_emb = nn.Linear(num_classes, out_channels, bias=False)
         # As large as a label's share of the features should be at the start, which is small.
         nn.init.normal_(self.class_emb.weight, std=0.05)
@@ -84,7 +96,8 @@ class PixelCNN(nn.Module):
     Args:
         block: what a block makes of its input h: 'plain' replaces it with layer(h); 'residual' gives h + layer(h);
             'bottleneck' is residual with the layer at half the channels, between two 1 x 1 layers (2016a, section
-            3.3, fig. 5); 'gated' is residual with a sigmoid gate on each feature map (2016b, Eq. 2, with a linear
+            3.3, fig. 5); 'depthwise' is residual with a kernel for each channel by itself and, after it, two 1 x 1
+            layers with twice the channels between them; 'gated' is residual with a sigmoid gate on each feature map (2016b, Eq. 2, with a linear
             map in place of the tanh). Anything else raises ValueError.
         channels: feature maps between the blocks.
         first_kernel_size, kernel_size: of the type-A layer and of the type-B layers between it and the last
@@ -121,13 +134,20 @@ class PixelCNN(nn.Module):
         self.first = conv("A", 1, channels, first_kernel_size, padding=first_kernel_size // 2)
         self.position = nn.Parameter(torch.zeros(channels, *IMAGE_SHAPE[1:])) if positional else None
 
-        def masked(in_channels, out_channels, size=kernel_size):
-            return conv("B", in_channels, out_channels, size, padding=size // 2)
+        def masked(in_channels, out_channels, size=kernel_size, groups=1):
+            return conv("B", in_channels, out_channels, size, padding=size // 2, groups=groups)
 
         def layers():
             if block == "bottleneck":
                 half = channels // 2
                 return [masked(channels, half, 1), masked(half, half), masked(half, channels, 1)]
+            if block == "depthwise":
+                twice = 2 * channels
+                return [
+                    masked(channels, channels, groups=channels),
+                    masked(channels, twice, 1),
+                    masked(twice, channels, 1),
+                ]
             return [masked(channels, 2 * channels if block == "gated" else channels)]
 
         self.blocks = nn.ModuleList(nn.ModuleList(layers()) for _ in range(num_layers))
@@ -245,6 +265,10 @@ class _LayerCache:
         num_samples, _, _, self.width = images.shape
         self.constant = constant
         weight = (layer.weight * layer.mask)[:, :, : layer.kernel_size[0] // 2 + 1]
+        if layer.groups > 1:  # one kernel for all channels, with zeros between those of different groups
+            same_group = torch.eye(layer.groups).to(weight)[:, None, :, None, None, None]
+            weight = same_group * weight.unflatten(0, (layer.groups, -1))[:, :, None]
+            weight = weight.flatten(0, 1).flatten(1, 2)
         self.weight_above = weight[:, :, :-1]
         self.reach = layer.kernel_size[1] // 2
         # Mask 'A' stops before the centre, mask 'B' with it.

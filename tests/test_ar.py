@@ -19,6 +19,7 @@ ARCHITECTURES = [
     dict(),
     dict(block="plain", activation="relu", positional=False),
     dict(block="bottleneck", channels=6),
+    dict(block="depthwise"),
     dict(block="gated", dropout=0.5, normalised=True),
     dict(first_kernel_size=27, activation="gelu"),
     dict(kernel_size=3, num_layers=3),
@@ -64,6 +65,14 @@ def test_output_is_that_of_the_masked_weight(mask_type, kernel_size, stride, pad
     layer = MaskedConv2d(mask_type, 3, 4, kernel_size, stride, padding, bias)
     x = torch.randn(2, 3, 11, 9)
     expected = F.conv2d(x, layer.weight * layer.mask, layer.bias, stride, padding)
+    assert torch.allclose(layer(x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+def test_groups_of_channels(groups):
+    layer = MaskedConv2d("B", 4, 8, 5, padding=2, groups=groups)
+    x = torch.randn(2, 4, 6, 7)
+    expected = F.conv2d(x, layer.weight * layer.mask, layer.bias, padding=2, groups=groups)
     assert torch.allclose(layer(x), expected, atol=1e-5)
 
 
@@ -125,9 +134,9 @@ def test_unknown_blocks_are_refused():
 
 def test_signatures():
     plain = ["self", "mask_type", "in_channels", "out_channels", "kernel_size", "stride", "padding", "bias"]
-    assert list(inspect.signature(MaskedConv2d.__init__).parameters) == plain
+    assert list(inspect.signature(MaskedConv2d.__init__).parameters) == [*plain, "groups"]
     conditional = plain[:5] + ["num_classes"] + plain[5:]
-    assert list(inspect.signature(ConditionalMaskedConv2d.__init__).parameters) == conditional
+    assert list(inspect.signature(ConditionalMaskedConv2d.__init__).parameters) == [*conditional, "groups"]
 
 
 def test_label_reaches_every_masked_layer():
@@ -272,3 +281,15 @@ def test_cross_entropy_is_the_negative_log_likelihood():
     likelihood = torch.where(x == 1, p, 1 - p).flatten(1).prod(1)
     assert likelihood.min() > 0
     assert torch.allclose(nn.BCEWithLogitsLoss()(logits, x) * 784, -likelihood.log().mean(), rtol=1e-9)
+
+
+@pytest.mark.parametrize("variant", [None, "average"])
+def test_the_average_of_the_weights_is_what_is_kept(variant, call_step, small_steps, tmp_path):
+    """In model.pt: the average where a variant asks for it, the last weights otherwise."""
+    flags = ["--variant", variant] if variant else []
+    assert call_step(step2, "--dry-run", "--out-dir", tmp_path, *flags).returncode == 0
+    folder = tmp_path / "variants" / variant if variant else tmp_path
+    last = torch.load(folder / "checkpoint.pt", weights_only=True)["tracked"]["network"]
+    kept = torch.load(folder / "model.pt", weights_only=True)["weights"]
+    assert kept.keys() == last.keys()
+    assert all(torch.equal(kept[name], last[name]) for name in kept) == (variant is None)

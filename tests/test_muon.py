@@ -57,4 +57,8 @@ def test_every_parameter_has_one_optimiser(conditional):
     assert sorted(map(id, trained)) == sorted(map(id, network.parameters()))
     kernels = {id(layer.weight) for block in network.blocks for layer in block}
     assert {id(each) for each in optimizers["muon"].param_groups[0]["params"]} == kernels
+    depthwise = step2.build_network(conditional, **{**step2.ARCHITECTURE, "block": "depthwise"})
+    optimizers = step2.make_optimizers(depthwise, step2.DEFAULTS)
+    kernels = {id(layer.weight) for block in depthwise.blocks for layer in block[1:]}
+    assert {id(each) for each in optimizers["muon"].param_groups[0]["params"]} == kernels
     assert list(step2.make_optimizers(network, {**step2.DEFAULTS, "muon_rate": None})) == ["adam"]

@@ -97,8 +97,8 @@ class PixelCNN(nn.Module):
         block: what a block makes of its input h: 'plain' replaces it with layer(h); 'residual' gives h + layer(h);
             'bottleneck' is residual with the layer at half the channels, between two 1 x 1 layers (2016a, section
             3.3, fig. 5); 'depthwise' is residual with a kernel for each channel by itself and, after it, two 1 x 1
-            layers with twice the channels between them; 'gated' is residual with a sigmoid gate on each feature map (2016b, Eq. 2, with a linear
-            map in place of the tanh). Anything else raises ValueError.
+            layers with twice the channels between them; 'gated' is residual with a sigmoid gate on each feature map
+            (2016b, Eq. 2, with a linear map in place of the tanh). Anything else raises ValueError.
         channels: feature maps between the blocks.
         first_kernel_size, kernel_size: of the type-A layer and of the type-B layers between it and the last
             two; odd.

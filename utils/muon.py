@@ -29,17 +29,21 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for weight in group["params"]:
-                average = self.state[weight].setdefault("average", torch.zeros_like(weight))
+                state = self.state[weight]
+                if not state:
+                    state["average"] = torch.zeros_like(weight)
+                average = state["average"]
                 average.lerp_(weight.grad, 1 - group["momentum"])
                 ahead = weight.grad.lerp(average, group["momentum"])
                 weight.sub_(orthogonalised(ahead.flatten(1)).view_as(weight), alpha=group["lr"])
 
 
 def orthogonalised(matrix):
-    """Nearly U V^T for a matrix (rows, columns) = U S V^T with rows <= columns; its singular values are 0.7 to 1.2.
+    """Nearly U V^T for a matrix (rows, columns) = U S V^T, whatever its scale.
 
-    Each Newton-Schulz iteration multiplies from the left by a polynomial in X X^T, so the iterations are done on that
-    small product, (rows, rows), and the matrix is multiplied once.
+    Singular values become about 0.7 to 1.2; those below some thousandths of its norm stay smaller. Each Newton-Schulz
+    iteration multiplies from the left by a polynomial in X X^T, so the iterations are done on that small product,
+    (rows, rows), and the matrix is multiplied once.
     """
     a, b, c = COEFFICIENTS
     matrix = matrix / matrix.norm().clamp(min=1e-7)

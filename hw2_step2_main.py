@@ -96,6 +96,7 @@ VARIANTS = {
         "how good is it on the scale of the literature?",
         dict(binarize="stochastic", distorted=0.0),
     ),
+    "half": ("what does half the time cost?", dict(num_epochs=6)),
     "double": ("what does twice the time buy?", dict(num_epochs=24)),
     "large": (
         "how far does it go on a GPU?",
@@ -109,8 +110,8 @@ FALLS = {
     "cosine": lambda share: (1 + math.cos(math.pi * share)) / 2,
 }
 
-# Not with the others of --ablation: other pixels, more time, other hardware.
-NOT_COMPARABLE = ("stochastic", "double", "large")
+# Not with the others of --ablation: other pixels, less or more time, other hardware.
+NOT_COMPARABLE = ("stochastic", "half", "double", "large")
 
 NUM_CLASSES = 10
 NUM_PIXELS = 28 * 28

@@ -15,7 +15,8 @@ The report names its numbers and never spells them out. A name is the folder of 
     \ablation{step1_gan}{reason, parzen:1:max, wall_time/60:0}
                                                    a row for each variant: its reason, or its change, and mean and
                                                    standard deviation of metrics with so many decimals, in bold the
-                                                   best and those within twice its standard deviation
+                                                   best and those within twice its standard deviation, which a table of
+                                                   one seed does not have
     \source{models/VAE.py}{kl_divergence}          a function or class of the project, as a listing
 
 Only the standard library is needed. What a name does not lead to stops the build and is named, with its place.
@@ -219,14 +220,14 @@ def _statistics(table, path, metric, operator, factor, decimals, best):
     scale = float(factor or 1) ** (-1 if operator == "/" else 1)
     try:
         means = [scale * float(row[f"{metric}_mean"]) for row in table.values()]
-        spreads = [scale * float(row[f"{metric}_std"] or 0) for row in table.values()]
+        spreads = [scale * float(row[f"{metric}_std"] or "nan") for row in table.values()]
     except (KeyError, ValueError):
         raise Missing(f"{path} has no {metric!r} for every variant") from None
     texts = []
     first = means.index({"min": min, "max": max}.get(best, max)(means))
     for mean, spread in zip(means, spreads):
-        text = rf"{mean:.{decimals}f} \pm {spread:.{decimals}f}"
-        close = abs(mean - means[first]) <= 2 * spreads[first]
+        text = f"{mean:.{decimals}f}" + ("" if math.isnan(spread) else rf" \pm {spread:.{decimals}f}")
+        close = mean == means[first] or abs(mean - means[first]) <= 2 * spreads[first]
         texts.append(rf"$\mathbf{{{text}}}$" if best and close else f"${text}$")
     return texts
 

@@ -203,6 +203,14 @@ def test_ablation_table(numbers, root):
     ]
 
 
+def test_ablation_table_of_one_seed(numbers, root):
+    """Without a spread none is written, and the best alone is bold."""
+    path = root / "results" / "step9_toy" / "ablation.csv"
+    path.write_text("variant,seeds,nll_mean,nll_std\ndefault,1,10,\nnarrow,1,8,\n")
+    rows = numbers.ablation("step9_toy", "nll:1:min", root).splitlines()
+    assert rows == [r"\texttt{default} & $10.0$ \\", r"\texttt{narrow} & $\mathbf{8.0}$ \\"]
+
+
 def test_a_part_that_is_switched_off_needs_no_numbers(numbers, root):
     text = "\\newif\\ifmore\n\\ifmore\n\\val{step9_toy.none}{1}\n\\fi\n\\val{step9_toy.nll}{0}\n"
     (root / "report.tex").write_text(text)

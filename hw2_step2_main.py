@@ -11,7 +11,7 @@ arXiv 1601.06759); with --conditional the label enters every masked layer (2016b
     torchrun --nproc_per_node=2 hw2_step2_main.py     the same training, shared by two GPUs or processes
 
 Writes into results/step2_pixelcnn/ or results/step2_conditional_pixelcnn/:
-    loss.png             negative log-likelihood of training and test images over the epochs
+    loss.png             negative log-likelihood over the epochs, of test images and of training images as trained on
     samples.png          samples; with --conditional a row of each digit
     completions.png      test digits whose lower half the network has drawn
     nll_map.png          where in the image the nats are
@@ -25,6 +25,7 @@ and with --conditional:
 """
 
 import math
+from functools import partial
 from itertools import chain
 
 import torch
@@ -46,7 +47,7 @@ ARCHITECTURE = dict(
     first_kernel_size=27,  # of the type-A layer: with one input channel a wide view is cheap
     kernel_size=7,  # of the type-B layers
     head_channels=64,  # feature maps between the two 1 x 1 layers
-    activation="hardswish",  # smooth where ReLU has its corner, and as cheap
+    activation="hardswish",  # smooth at zero, where ReLU has its corner
     block="residual",  # each type-B layer adds to its input
     dropout=0.0,  # of the features in a block; distorted images regularise instead
     normalised=False,  # over the channels of each pixel
@@ -69,7 +70,7 @@ DEFAULTS = dict(
 )
 
 VARIANTS = {
-    "plain": ("what do the residual connections do?", dict(block="plain", learning_rate=1e-3)),
+    "plain": ("what do the residual connections do?", dict(block="plain")),
     "bottleneck": ("residual blocks as in the paper?", dict(block="bottleneck", channels=64, num_layers=12)),
     "depthwise": (
         "one kernel for each channel?",
@@ -89,9 +90,9 @@ VARIANTS = {
     "average": ("does an average of the weights help?", dict(ema_decay=0.999)),
     "5x5": ("narrower kernels in more layers?", dict(kernel_size=5, num_layers=12)),
     "9x9": ("wider kernels in fewer layers?", dict(kernel_size=9, num_layers=6)),
-    "wide": ("more channels in fewer layers?", dict(channels=64, num_layers=4, learning_rate=2e-3)),
+    "wide": ("more channels in fewer layers?", dict(channels=64, num_layers=4)),
     "deep": ("fewer channels in more layers?", dict(channels=24, num_layers=12)),
-    "batch-16": ("smaller batches and more steps?", dict(batch_size=16, learning_rate=2e-3)),
+    "batch-16": ("smaller batches and more steps?", dict(batch_size=16)),
     "stochastic": (
         "how good is it on the scale of the literature?",
         dict(binarize="stochastic", distorted=0.0),
@@ -116,7 +117,7 @@ NOT_COMPARABLE = ("stochastic", "half", "double", "large")
 NUM_CLASSES = 10
 NUM_PIXELS = 28 * 28
 NUM_PROBED = 1000  # test images over which the receptive field is measured
-ABLATION_LENGTH = ["--minutes", "5"]  # one core's, the same for every variant
+ABLATION_LENGTH = ["--minutes", "5"]  # the same for every variant
 ROWS_GIVEN = 14  # of the digits to be completed
 SEEN_FROM = (14, 3)  # row and column of the pixel whose receptive field is drawn
 
@@ -186,7 +187,8 @@ def make_optimizers(network, options):
     """Muon for the kernels of the blocks, which are most of the weights, and Adam for the others, by name."""
     layers = chain(*network.blocks) if options["muon_rate"] else ()
     kernels = [layer.weight for layer in layers if layer.groups == 1]  # a depthwise kernel mixes no channels
-    others = [each for each in network.parameters() if not any(each is kernel for kernel in kernels)]
+    chosen = {id(kernel) for kernel in kernels}
+    others = [each for each in network.parameters() if id(each) not in chosen]
     adam = torch.optim.Adam(others, lr=options["learning_rate"], betas=(0.9, 0.99), fused=True)
     return {"adam": adam, "muon": Muon(kernels, options["muon_rate"])} if kernels else {"adam": adam}
 
@@ -216,9 +218,11 @@ def binarize_test(images, how):
 def pixel_nll(network, x, labels, batch_size=250):
     """-log p(x_i | x_1, ..., x_(i-1)) of every pixel, in nats: (N, 1, 28, 28) for images x in {0, 1}."""
     nll = torch.empty_like(x)
-    for chosen, x, labels in zip(nll.split(batch_size), x.split(batch_size), labels.split(batch_size)):
-        logits = network(*inputs(network, x, labels)).float()
-        chosen.copy_(F.binary_cross_entropy_with_logits(logits, x, reduction="none"))
+    for place, some, their_labels in zip(
+        nll.split(batch_size), x.split(batch_size), labels.split(batch_size)
+    ):
+        logits = network(*inputs(network, some, their_labels)).float()
+        place.copy_(F.binary_cross_entropy_with_logits(logits, some, reduction="none"))
     return nll
 
 
@@ -239,16 +243,19 @@ def label_log_likelihoods(network, x):
     )
 
 
-def receptive_field(network, x, labels, pixel):
+def receptive_field(network, x, labels, pixel, batch_size=100):
     """Mean over the images of |d logit / d x_j| for the logit of one pixel and every x_j, (28, 28).
 
     Where it is zero for every image, the prediction does not depend on x_j: what comes later in raster order, and
     the blind spot.
     """
-    x = x.clone().requires_grad_()
-    logits = network(*inputs(network, x, labels))
-    (gradient,) = torch.autograd.grad(logits[:, 0, pixel[0], pixel[1]].sum(), x)
-    return gradient.abs().mean((0, 1))
+    total = torch.zeros_like(x[0, 0])
+    for some, their_labels in zip(x.split(batch_size), labels.split(batch_size)):
+        some = some.clone().requires_grad_()
+        logits = network(*inputs(network, some, their_labels))
+        (gradient,) = torch.autograd.grad(logits[:, 0, pixel[0], pixel[1]].sum(), some)
+        total += gradient.abs().sum((0, 1))
+    return total / len(x)
 
 
 def bits_per_pixel(nll):
@@ -281,7 +288,8 @@ def draw_samples(run, network, digit, test_set):
 
     # The first test digit of each class, its upper half, and what the network makes of it.
     first = [(labels == label).nonzero()[0].item() for label in labels.unique()]
-    originals = binarize_test(images, run.options["binarize"])[first]
+    real = binarize_test(images, run.options["binarize"])
+    originals = real[first]
     repeated = originals.repeat_interleave(columns, 0)
     completed = network.sample(
         labels[first].repeat_interleave(columns) if conditional else len(repeated),
@@ -297,7 +305,7 @@ def draw_samples(run, network, digit, test_set):
 
     chosen = network.sample(torch.full_like(digits, digit), noise)
     plotting.save_images(folder / "samples_digit.png", chosen, columns, title=f"samples of the digit {digit}")
-    grids = {"real": binarize_test(images, run.options["binarize"])[: len(digits)]}
+    grids = {"real": real[: len(digits)]}
     try:
         folder_of_other = runs.run_folder(runs.ROOT / "results" / STEP, run.args.variant)
         other = load_model(folder_of_other / "model.pt", run.device, (STEP,))
@@ -346,7 +354,7 @@ def write_metrics(run, network, train_set, test_set):
     train_nll = evaluate(network, *(each[: len(images)] for each in train_set), how)
     best = min(run.history["test_nll"])
     best_epoch = run.history["test_nll"].index(best)
-    samples, quality = metrics.judge_sampler(run, lambda *draw: sample_evenly(network, *draw), how)
+    samples, quality = metrics.judge_sampler(run, partial(sample_evenly, network), how)
     results = dict(
         test_nll=runs.metric(test_nll, unit, formula, **protocol),
         test_bits=runs.metric(
@@ -403,7 +411,7 @@ def main():
         choices=range(NUM_CLASSES),
         default=3,
         metavar="D",
-        help="digit of samples_digit.png, with --conditional (3)",
+        help="digit of samples_digit.png, with --conditional (%(default)s)",
     )
     parser.add_argument(
         "--binarize",

@@ -43,13 +43,17 @@ class MaskedConv2d(nn.Conv2d):
 
     def forward(self, x):
         """(N, in_channels, H, W) -> (N, out_channels, H', W'), equal to `conv2d(x, weight * mask)`."""
-        rows = self.kernel_size[0] // 2 + 1
-        hidden_rows = self.kernel_size[0] - rows
+        weight = self.visible_weight()
+        hidden_rows = self.kernel_size[0] - weight.shape[2]
         top, side = self.padding
         if top or side or hidden_rows:
             x = F.pad(x, (side, side, top, top - hidden_rows))
-        weight = self.weight[:, :, :rows] * self.mask[:, :, :rows]
         return F.conv2d(x, weight, self.bias, self.stride, groups=self.groups)
+
+    def visible_weight(self):
+        """The masked kernel without the rows below its centre."""
+        rows = self.kernel_size[0] // 2 + 1
+        return self.weight[:, :, :rows] * self.mask[:, :, :rows]
 
     def constant(self):
         """What the layer adds to every pixel of its output."""
@@ -76,7 +80,7 @@ class ConditionalMaskedConv2d(MaskedConv2d):
     ):
         super().__init__(mask_type, in_channels, out_channels, kernel_size, stride, padding, bias, groups)
         self.class_emb = nn.Linear(num_classes, out_channels, bias=False)
-        # As large as a label's share of the features should be at the start, which is small.
+        # Small beside the features, so that these decide first and the label biases them.
         nn.init.normal_(self.class_emb.weight, std=0.05)
 
     def forward(self, x, y):
@@ -161,7 +165,7 @@ class PixelCNN(nn.Module):
         return self._logits(x, lambda layer, h: layer(h), self._offset(*x.shape[2:]))
 
     def sample(self, num_samples, generator=None, cached=True, given=None):
-        """Draw (num_samples, 1, 28, 28) images in {0, 1}, pixel by pixel in raster order.
+        """Draw (num_samples, 1, 28, 28) images in {0, 1}, pixel by pixel in raster order, in eval mode.
 
         The random numbers come from `generator` (a CPU `torch.Generator`; without one, a fresh one with
         seed 0), so the global random state is left alone and the draw is repeatable.
@@ -238,8 +242,8 @@ class ConditionalPixelCNN(PixelCNN):
     """
 
     def __init__(self, num_classes=10, **architecture):
-        self.num_classes = num_classes
         super().__init__(conv=partial(ConditionalMaskedConv2d, num_classes=num_classes), **architecture)
+        self.num_classes = num_classes
 
     def forward(self, x, y):
         """x (N, 1, H, W) in {0, 1}, y (N, num_classes) one-hot -> (N, 1, H, W) logits."""
@@ -264,7 +268,7 @@ class _LayerCache:
     def __init__(self, layer, images, constant):
         num_samples, _, _, self.width = images.shape
         self.constant = constant
-        weight = (layer.weight * layer.mask)[:, :, : layer.kernel_size[0] // 2 + 1]
+        weight = layer.visible_weight()
         if layer.groups > 1:  # one kernel for all channels, with zeros between those of different groups
             same_group = torch.eye(layer.groups).to(weight)[:, None, :, None, None, None]
             weight = same_group * weight.unflatten(0, (layer.groups, -1))[:, :, None]

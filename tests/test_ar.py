@@ -214,7 +214,7 @@ def test_receptive_field_and_its_blind_spot():
     """A 3 x 3 layer of each type and 1 x 1 layers see what the masks say; what is right of it above is blind."""
     network = build(PixelCNN, num_layers=1, first_kernel_size=3, kernel_size=3, activation="gelu").float()
     x = torch.rand(8, 1, 28, 28)
-    seen = step2.receptive_field(network, x, None, (10, 10)) > 0
+    seen = step2.receptive_field(network, x, torch.zeros(8).long(), (10, 10), batch_size=3) > 0
     expected = torch.zeros(28, 28, dtype=torch.bool)
     expected[10, 8:10] = True  # one step to the left by each layer
     expected[9, 8:12] = True  # up and at most one to the right, then one to the left at will

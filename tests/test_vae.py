@@ -311,6 +311,10 @@ def test_an_ablation_leaves_variants_of_the_epochs_their_own_length(call_step, m
         assert {None, "epochs-4", "epochs-16"} < lengths.keys() and not {*step3.NOT_COMPARABLE} & lengths.keys()
         own = {name: length for name, length in lengths.items() if length != expected}
         assert own == ({} if more else {"epochs-4": None, "epochs-16": None})
+    lengths.clear()
+    flags = ["--ablation", "--variant", "long-20", "--seeds", "1", "--out-dir", tmp_path / "c"]
+    assert call_step(step3, *flags).returncode == 0
+    assert lengths == {None: None, "long-20": None}  # both at full length
 
 
 def test_final_figures_are_labelled(call_step, tmp_path):

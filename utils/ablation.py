@@ -31,15 +31,16 @@ def run_all(script, step, args, variants, length, flags=(), left_out=()):
     An ablation is there to choose by, so it is evaluated on held-out training images.
 
     Each run goes into ablation/seed_S or seeds/seed_S below the results and is a process of its own: as many at
-    once as there are cores on the CPU, with one thread each if they are several, and one at a time on a GPU. With `--resume` finished
-    runs are kept as they are and interrupted ones go on; it takes the flags of the first time, which flags.json
-    beside them keeps. The table, ablation.csv or seeds.csv, has the mean and standard deviation of every figure that
-    the first run has. A run that fails does not keep the others from being run, but there is no table then.
+    once as there are cores on the CPU, with one thread each if they are several, and one at a time on a GPU. With
+    `--resume` finished runs are kept as they are and interrupted ones go on; it takes the flags of the first time,
+    which flags.json beside them keeps. The table, ablation.csv or seeds.csv, has the mean and standard deviation of
+    every figure that the first run has. A run that fails does not keep the others from being run, but there is no
+    table then.
 
     Args:
         variants: all of the step's; `left_out` names those that `--ablation` leaves out without `--variant`.
         length: flags for how long each run of an ablation trains, unless the command line says so or the variant
-            sets `num_epochs`.
+            sets `num_epochs`. A variant that is left out because it does is compared with the default at full length.
         flags: more of its flags, before those of the command line, which win.
 
     Returns:
@@ -67,7 +68,9 @@ def run_all(script, step, args, variants, length, flags=(), left_out=()):
     given = _other_flags()
     if args.ablation:
         given = ["--held-out", *flags, *given]
-    length = length if args.ablation and not (args.num_epochs or args.minutes) else ()
+    at_full_length = args.variant in left_out and "num_epochs" in variants[args.variant][1]
+    if not args.ablation or args.num_epochs or args.minutes or at_full_length:
+        length = ()
 
     def place(name, seed):
         return run_folder(place_of_all / f"seed_{seed}", name)

@@ -7,6 +7,7 @@ does. results/benchmark/metrics.json has them all.
 
 import statistics
 import time
+from itertools import cycle
 
 import torch
 from torch import nn
@@ -40,10 +41,14 @@ def gan_step():
     d_optimizer = torch.optim.Adam(discriminator.parameters(), lr=options["d_learning_rate"], fused=True)
     averaged = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(options["ema_decay"]))
     criterion = nn.BCEWithLogitsLoss()
+    every = options["penalty_every"]
+    penalties = cycle([options["penalty"] * every, *[0.0] * (every - 1)])
 
     def step(x):
         fake_images = generator(torch.randn(len(x), generator.dim_z))
-        train_discriminator(discriminator, d_optimizer, x, fake_images, criterion, x.device)
+        train_discriminator(
+            discriminator, d_optimizer, x, fake_images, criterion, x.device, penalty=next(penalties)
+        )
         train_generator(generator, g_optimizer, discriminator(fake_images), criterion, x.device)
         averaged.update_parameters(generator)
 
@@ -72,19 +77,6 @@ class FullKernelConv2d(MaskedConv2d):
         return F.conv2d(x, self.weight * self.mask, self.bias, self.stride, self.padding)
 
 
-class DepthwiseBlock(nn.Sequential):
-    """As many rows as the mask leaves of a depthwise 7 x 7 kernel over 64 channels, and two pointwise layers."""
-
-    def __init__(self, channels=64):
-        super().__init__(
-            nn.ZeroPad2d((3, 3, 3, 0)),
-            nn.Conv2d(channels, channels, (4, 7), groups=channels),
-            nn.Conv2d(channels, 2 * channels, 1),
-            nn.Hardswish(),
-            nn.Conv2d(2 * channels, channels, 1),
-        )
-
-
 def compare_feeding(name, step, batch_size, convert, transform, images, labels):
     """An epoch fed by `utils.data.batches` against per-image transforms, with `step` and without it."""
     count = len(images) // SHARE
@@ -109,22 +101,25 @@ def compare_feeding(name, step, batch_size, convert, transform, images, labels):
 
 
 def compare_pixelcnn_steps(images):
-    """A training step of step 2's default network against two slower ways to compute it."""
+    """A training step of step 2's default network against slower ways to compute it, and against depthwise blocks."""
     x = binarize(images[: step2.DEFAULTS["batch_size"]], "threshold")
 
     def steps(memory_format, bfloat16, **changes):
-        network = PixelCNN(**step2.ARCHITECTURE, **changes).to(memory_format=memory_format)
+        network = PixelCNN(**{**step2.ARCHITECTURE, **changes}).to(memory_format=memory_format)
         optimizers = step2.make_optimizers(network, step2.DEFAULTS).values()
+        averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(step2.DEFAULTS["ema_decay"]))
 
         def work():
             for _ in range(STEPS):
                 with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
                     logits = network(x)
-                loss = F.binary_cross_entropy_with_logits(logits.float(), x)
+                loss = F.binary_cross_entropy_with_logits(logits.float(), x, reduction="sum") / len(x)
                 network.zero_grad()
                 loss.backward()
+                nn.utils.clip_grad_norm_(network.parameters(), step2.DEFAULTS["clip_norm"])
                 for optimizer in optimizers:
                     optimizer.step()
+                averaged.update_parameters(network)
 
         return work
 
@@ -133,14 +128,20 @@ def compare_pixelcnn_steps(images):
         return ratio(f"step 2, training step: {what}", *seconds, batch_size=len(x))
 
     usual = dict(memory_format=torch.contiguous_format, conv=FullKernelConv2d)
+    units = runs.has_bfloat16_units(torch.device("cpu"))
     entries = {
         "full_kernels": compare(
             "full kernels in the default memory format / rows that the mask leaves, single precision",
             steps(bfloat16=False, **usual),
             steps(torch.channels_last, bfloat16=False),
-        )
+        ),
+        "depthwise": compare(
+            "the variant with depthwise blocks / the default",
+            steps(torch.channels_last, units, **step2.VARIANTS["depthwise"][1]),
+            steps(torch.channels_last, units),
+        ),
     }
-    if runs.has_bfloat16_units(torch.device("cpu")):
+    if units:
         entries["full_kernels_bfloat16"] = compare(
             "full kernels in the default memory format / rows that the mask leaves, bfloat16",
             steps(bfloat16=True, **usual),
@@ -151,33 +152,6 @@ def compare_pixelcnn_steps(images):
             *(steps(torch.channels_last, bfloat16) for bfloat16 in (False, True)),
         )
     return entries
-
-
-def compare_blocks(batch_size):
-    """Forward and backward pass of a depthwise block of 64 channels against one of step 2's layers of 32.
-
-    It has 0.7 of the layer's weights; where it takes longer as well, it is not worth training.
-    """
-
-    def passes(block, channels):
-        block = block.to(memory_format=torch.channels_last)
-        x = torch.randn(batch_size, channels, 28, 28).to(memory_format=torch.channels_last).requires_grad_()
-
-        def work():
-            with torch.autocast("cpu", torch.bfloat16, enabled=runs.has_bfloat16_units(x.device)):
-                block(x).sum().backward()
-
-        return work
-
-    channels = step2.ARCHITECTURE["channels"]
-    return ratio(
-        "step 2, a block: depthwise 7 x 7 with 64 channels and two pointwise layers / 7 x 7 with 32 channels",
-        *interleave(
-            passes(DepthwiseBlock(), 64),
-            passes(MaskedConv2d("B", channels, channels, 7, padding=3), channels),
-        ),
-        batch_size=batch_size,
-    )
 
 
 def compare_samplers(num_samples):
@@ -234,10 +208,11 @@ def main():
     hardware = runs.hardware(torch.device("cpu"))
     print(hardware)
     symmetric = Compose([ToTensor(), Normalize(0.5, 0.5)])
-    entries = compare_feeding("step1", gan_step(), 128, to_symmetric, symmetric, images, labels)
-    entries |= compare_feeding("step3", vae_step(), 256, to_unit, ToTensor(), images, labels)
+    size = step1.DEFAULTS["batch_size"]
+    entries = compare_feeding("step1", gan_step(), size, to_symmetric, symmetric, images, labels)
+    size = step3.DEFAULTS["batch_size"]
+    entries |= compare_feeding("step3", vae_step(), size, to_unit, ToTensor(), images, labels)
     entries |= compare_pixelcnn_steps(images)
-    entries["depthwise"] = compare_blocks(step2.DEFAULTS["batch_size"])
     entries |= {f"sampling_{count}": compare_samplers(count) for count in NUMS_SAMPLES}
     folder = runs.ROOT / "results" / "benchmark"
     runs.make_folder(folder)

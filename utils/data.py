@@ -90,12 +90,17 @@ def binarize(images, how, generator=None):
 
     Args:
         how: 'threshold' for x > 0.5; 'stochastic' for a fresh Bernoulli(x) draw at each call, with the
-            random numbers of `generator` (the global ones without it); 'none' for the grey pixels.
+            random numbers of `generator` (the global ones without it); 'none' for the grey pixels. Anything else
+            raises ValueError.
     """
     x = to_unit(images)
     if how == "none":
         return x
-    return (x > 0.5).float() if how == "threshold" else torch.bernoulli(x, generator=generator)
+    if how == "threshold":
+        return (x > 0.5).float()
+    if how == "stochastic":
+        return torch.bernoulli(x, generator=generator)
+    raise ValueError(f"how is 'threshold', 'stochastic' or 'none', not {how!r}")
 
 
 def distort(images, share):
@@ -171,7 +176,7 @@ def _extract(archive, md5, folder):
     for mirror in mirrors:
         try:
             return download_and_extract_archive(mirror + archive.name, folder, filename=archive.name, md5=md5)
-        except (RuntimeError, URLError):
+        except (RuntimeError, URLError, ConnectionError, TimeoutError):
             continue
     raise UserError(
         f"{archive.parent} lacks {archive.name}, and downloading it failed: put it there or name another folder "

@@ -1,7 +1,8 @@
 """One training by several processes, as `torchrun` starts them; without it there is one, and nothing changes.
 
 Every process draws the random numbers of the whole batch and computes its share of it, so that the run is that
-of one process but for the order in which sums are taken.
+of one process but for the order in which sums are taken. (Dropout, which no default of step 2 has, is drawn by each
+process for its own share.)
 """
 
 import os

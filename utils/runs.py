@@ -429,6 +429,11 @@ class Run:
         if parallel.launched():
             if not several_processes or args.minutes:
                 raise UserError("this trains in one process alone: start it with python, not with torchrun")
+            if self.device.type == "cuda" and int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+                raise UserError(
+                    f"this machine has GPUs for {torch.cuda.device_count()} processes: start no more, or take "
+                    "--device cpu"
+                )
             self.device = parallel.join(self.device)
         self.folder = run_folder(results_folder(step, args), args.variant)
         self.epoch = self.batch = self.images_seen = 0

@@ -87,7 +87,7 @@ VARIANTS = {
     "dropout": ("does dropout regularise as well?", dict(distorted=0.0, dropout=0.1)),
     "normalised": ("does a causal normalisation help?", dict(normalised=True)),
     "cosine": ("does it matter how the learning rate falls?", dict(schedule="cosine")),
-    "average": ("does an average of the weights help?", dict(ema_decay=0.999)),
+    "average": ("does an average of the weights help?", dict(ema_decay=0.99)),
     "5x5": ("narrower kernels in more layers?", dict(kernel_size=5, num_layers=12)),
     "9x9": ("wider kernels in fewer layers?", dict(kernel_size=9, num_layers=6)),
     "wide": ("more channels in fewer layers?", dict(channels=64, num_layers=4)),

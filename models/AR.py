@@ -133,7 +133,7 @@ class PixelCNN(nn.Module):
         if block not in BLOCKS:
             raise ValueError(f"block is one of {', '.join(BLOCKS)}, not {block!r}")
         super().__init__()
-        self.block, self.dropout = block, dropout
+        self.block, self.dropout, self.normalised = block, dropout, normalised
         self.activation = getattr(F, activation)
         self.first = conv("A", 1, channels, first_kernel_size, padding=first_kernel_size // 2)
         self.position = nn.Parameter(torch.zeros(channels, *IMAGE_SHAPE[1:])) if positional else None
@@ -193,7 +193,7 @@ class PixelCNN(nn.Module):
         h = apply(self.first, x)
         h = h + offset.to(h.dtype)  # under autocast the features stay in bfloat16
         for block, norm in zip(self.blocks, self.norms):
-            update = norm(h.movedim(1, -1)).movedim(-1, 1)
+            update = norm(h.movedim(1, -1)).movedim(-1, 1) if self.normalised else h
             for layer in block:
                 update = apply(layer, F.dropout(self.activation(update), self.dropout, self.training))
             if self.block == "gated":
@@ -282,28 +282,30 @@ class _LayerCache:
         self.inputs = weight.new_zeros(
             self.weight_above.shape[2] + 1, num_samples, (self.width + 2 * self.reach) * self.channels
         )
+        self.row = self.inputs[-1]
 
     def start_row(self):
         """Move up one row and add up what the rows above give every pixel of the new one."""
-        above = len(self.inputs) - 1
-        if above:
-            self.inputs[:-1] = self.inputs[1:].clone()
-            self.inputs[-1] = 0
+        if len(self.inputs) > 1:
+            for row, next_row in zip(self.inputs, self.inputs[1:]):
+                row.copy_(next_row)
+            self.row.zero_()
             x = self.inputs[:-1].unflatten(2, (-1, self.channels)).permute(1, 3, 0, 2)
             # (N, out_channels, 1, W) -> (W, N, out_channels)
-            self.above = F.conv2d(x, self.weight_above).squeeze(2).permute(2, 0, 1) + self.constant
+            above = F.conv2d(x, self.weight_above).squeeze(2).permute(2, 0, 1) + self.constant
         else:
-            self.above = self.constant.expand(self.width, self.inputs.shape[1], -1)
+            above = self.constant.expand(self.width, self.inputs.shape[1], -1)
+        self.above = above.unbind()
 
     def store(self, column, x):
         """Keep the layer's input (N, channels) at this column of the row under way."""
         start = (column + self.reach) * self.channels
-        self.inputs[-1, :, start : start + self.channels] = x
+        self.row[:, start : start + self.channels] = x
 
     def column(self, column, x):
         """The layer's output (N, out_channels) at this column, given its input there (None for mask 'A')."""
         if x is not None:
             self.store(column, x)
         start = column * self.channels
-        window = self.inputs[-1, :, start : start + self.seen * self.channels]
+        window = self.row[:, start : start + self.seen * self.channels]
         return torch.addmm(self.above[column], window, self.weight_row)

@@ -110,7 +110,7 @@ FALLS = {
     "cosine": lambda share: (1 + math.cos(math.pi * share)) / 2,
 }
 
-# Not with the others of --ablation: other pixels, less or more time, other hardware.
+# Not with the others of --ablation: other pixels, more time, other hardware.
 NOT_COMPARABLE = ("stochastic", "double", "large")
 
 NUM_CLASSES = 10

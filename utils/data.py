@@ -1,97 +1,178 @@
-"""MNIST as one tensor, verified, and batches of it."""
+"""Data sets in the format of MNIST, as tensors: loading, verification, batches, and changes to the pixels."""
 
+import contextlib
+import gzip
 import os
-import shutil
 import tempfile
+import zlib
+from http.client import HTTPException
 from pathlib import Path
-from urllib.error import URLError
 
 import torch
 from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
-from torchvision.datasets import MNIST
+from torchvision import datasets
 from torchvision.datasets.mnist import read_image_file, read_label_file
-from torchvision.datasets.utils import check_integrity, download_and_extract_archive
+from torchvision.datasets.utils import calculate_md5, download_url, extract_archive
 
-from utils.runs import UserError
+from utils.files import UserError
 
-# MD5 sums of the unpacked files; those of the archives are torchvision's, `MNIST.resources`.
-UNPACKED_MD5 = {
-    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
-    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
-    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
-    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+DATASETS = ("MNIST", "FashionMNIST", "KMNIST")  # torchvision's classes
+NUM_HELD_OUT = 10_000  # training images that stand in for the test images while settings are chosen
+
+# MD5 sums and the files they belong to. The unpacked content is verified, so a repacked archive is accepted.
+# For KMNIST only torchvision's sums of the archives are known. We could not try its real files.
+KNOWN_FILES = {
+    "6bbc9ace898e44ae57da46a324031adb": ("MNIST", "train-images-idx3-ubyte"),
+    "a25bea736e30d166cdddb491f175f624": ("MNIST", "train-labels-idx1-ubyte"),
+    "2646ac647ad5339dbf082846283269ea": ("MNIST", "t10k-images-idx3-ubyte"),
+    "27ae3e4e09519cfbb04c329615203637": ("MNIST", "t10k-labels-idx1-ubyte"),
+    "f4a8712d7a061bf5bd6d2ca38dc4d50a": ("FashionMNIST", "train-images-idx3-ubyte"),
+    "9018921c3c673c538a1fc5bad174d6f9": ("FashionMNIST", "train-labels-idx1-ubyte"),
+    "8181f5470baa50b63fa0f6fddb340f0a": ("FashionMNIST", "t10k-images-idx3-ubyte"),
+    "15d484375f8d13e6eb1aabb0c3f46965": ("FashionMNIST", "t10k-labels-idx1-ubyte"),
+    **{md5: ("KMNIST", archive.removesuffix(".gz")) for archive, md5 in datasets.KMNIST.resources},
 }
 
+WHAT_TO_DO = "put the original file into this folder, or name another folder with --data-dir"
 
-NUM_HELD_OUT = 10_000
 
+def load_data(data_dir, dataset="MNIST", device="cpu", held_out=False):
+    """Load a data set and verify its files.
 
-def load_mnist(data_dir, device="cpu", held_out=False):
-    """Training and test set: (images, labels), (test_images, test_labels).
-
-    Images are uint8, (60000, 1, 28, 28) and (10000, 1, 28, 28), labels int64, all on `device`. The archives
-    below `data_dir`/MNIST/raw are unpacked first where that has not been done, and downloaded where they
-    are missing.
+    The files are read from `data_dir`/`dataset`/raw, unpacked or as archives. Archives are unpacked there at
+    the first use, and missing ones are downloaded. KMNIST is read from its archives each time.
 
     Args:
-        held_out: give the last 10,000 training images in place of the test images, and the others to train on.
-            What is chosen by looking at results is chosen by these; the test images are for reporting.
+        dataset: one of DATASETS.
+        device: where the tensors are put.
+        held_out: return the last 10,000 training images in place of the test images, and only the first
+            50,000 to train on. Use it to choose settings; the test images are for reporting.
+
+    Returns:
+        ((images, labels), (test_images, test_labels)). Images are uint8, (60000, 1, 28, 28) and
+        (10000, 1, 28, 28). Labels are int64, (60000,) and (10000,).
 
     Raises:
-        UserError: a file is missing, truncated or altered, or the folder cannot be used.
+        UserError: a file is missing, damaged or of another data set, or the folder cannot be used.
     """
-    raw = Path(data_dir) / "MNIST" / "raw"
-    missing = [name for name in UNPACKED_MD5 if not os.path.exists(raw / name)]
-    if missing:
-        _unpack(raw, missing)
-    for name, md5 in UNPACKED_MD5.items():
-        if not _verified(raw / name, md5):
-            raise UserError(f"{raw / name} is damaged: delete it, and it is unpacked anew from {name}.gz")
+    if dataset not in DATASETS:
+        raise UserError(f"there is no data set {dataset!r}: --dataset is one of {', '.join(DATASETS)}")
+    raw = Path(data_dir) / dataset / "raw"
 
-    def load(name):
-        images = read_image_file(str(raw / f"{name}-images-idx3-ubyte")).unsqueeze(1)
-        labels = read_label_file(str(raw / f"{name}-labels-idx1-ubyte"))
-        return images.to(device), labels.to(device)
+    def load(split):
+        images = _read(raw, dataset, f"{split}-images-idx3-ubyte", read_image_file)
+        labels = _read(raw, dataset, f"{split}-labels-idx1-ubyte", read_label_file)
+        return images.unsqueeze(1).to(device), labels.to(device)
 
-    images, labels = load("train")
+    (images, labels), test_set = load("train"), load("t10k")
     if held_out:
-        return (images[:-NUM_HELD_OUT], labels[:-NUM_HELD_OUT]), (
-            images[-NUM_HELD_OUT:],
-            labels[-NUM_HELD_OUT:],
-        )
-    return (images, labels), load("t10k")
+        test_set = images[-NUM_HELD_OUT:], labels[-NUM_HELD_OUT:]
+        images, labels = images[:-NUM_HELD_OUT], labels[:-NUM_HELD_OUT]
+    return (images, labels), test_set
 
 
-def batches(images, labels, batch_size, generator=None):
-    """DataLoader of (images, labels) batches; shuffled by `generator`, in order without one.
+def _read(raw, dataset, name, read):
+    """Return the tensor that `read` makes of a file, after verifying it.
 
-    The sampler hands out whole lists of indices, so that a batch is one indexing operation and no image is
-    touched by itself. The last batch is short where `batch_size` does not divide the number of images.
+    An archive is unpacked into a temporary folder, and the complete file is moved into `raw`. So several
+    processes can start together, and a read-only folder with archives is enough.
     """
-    dataset = TensorDataset(images, labels)
+    path = _find(raw, dataset, name)
+    try:
+        if path and path.suffix != ".gz":
+            _verify(path, path, dataset, name)
+            return read(str(path))
+        with _temporary_folder(raw, name, path) as folder:
+            archive = path or _download(raw, dataset, name, folder)
+            unpacked = Path(folder) / archive.stem
+            with contextlib.suppress(EOFError, zlib.error, gzip.BadGzipFile):  # damage; _verify reports it
+                extract_archive(str(archive), folder)
+            _verify(archive, unpacked, dataset, name)
+            tensor = read(str(unpacked))
+            kept = archive if dataset == "KMNIST" else unpacked  # what can be verified the next time
+            with contextlib.suppress(OSError):  # read-only folder, or Windows while another process reads
+                os.replace(kept, raw / kept.name)
+            return tensor
+    except OSError as error:
+        raise UserError(f"{path or raw} cannot be loaded ({error.strerror}): {WHAT_TO_DO}") from None
+
+
+def _find(raw, dataset, name):
+    """Return the path of the unpacked file, else of its archive, else None."""
+    spellings = name, name.replace("-idx", ".idx")
+    suffixes = [".gz"] if dataset == "KMNIST" else ["", ".gz"]  # of KMNIST only archives can be verified
+    paths = [raw / (spelling + suffix) for suffix in suffixes for spelling in spellings]
+    return next(filter(os.path.exists, paths), None)
+
+
+def _temporary_folder(raw, name, archive):
+    """Make a temporary folder in `raw`, or elsewhere if `raw` is read-only and holds the archive."""
+    try:
+        raw.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(prefix=".unpack-", dir=raw)
+    except OSError as error:
+        if archive:
+            return tempfile.TemporaryDirectory()
+        reason = f"cannot be written ({error.strerror})"
+    raise UserError(f"{raw} lacks {name}.gz and {reason}: {WHAT_TO_DO}")
+
+
+def _download(raw, dataset, name, folder):
+    """Download an archive from torchvision's mirrors into `folder` and return its path."""
+    source, archive = getattr(datasets, dataset), f"{name}.gz"
+    for mirror in source.mirrors:
+        try:
+            download_url(mirror + archive, folder, md5=dict(source.resources)[archive])
+            return Path(folder) / archive
+        except (OSError, RuntimeError, HTTPException) as error:
+            reason = error
+    raise UserError(f"{raw} lacks {archive}, and the download failed ({reason}): {WHAT_TO_DO}")
+
+
+def _verify(path, unpacked, dataset, name):
+    """Raise UserError unless the MD5 sum of the file at `path` or of its unpacked content is the right one."""
+    known = [KNOWN_FILES.get(calculate_md5(file)) for file in {path, unpacked}]
+    if (dataset, name) in known:
+        return
+    other = next((found[0] for found in known if found), dataset)
+    if other == dataset:
+        raise UserError(f"{path} is damaged or is not the file of {dataset}: {WHAT_TO_DO}")
+    folder = path.parents[2] / other / "raw"
+    raise UserError(
+        f"{path}: these are the files of {other}, not {dataset}: --dataset {other} reads them from {folder}"
+    )
+
+
+def batches(*tensors, batch_size, generator=None):
+    """Make a DataLoader of tuples, a batch of each tensor, shuffled by `generator` or in order without one.
+
+    The sampler returns whole lists of indices, so a batch is one indexing operation. The last batch is short
+    if `batch_size` does not divide the number of images.
+    """
+    dataset = TensorDataset(*tensors)
     order = RandomSampler(dataset, generator=generator) if generator else SequentialSampler(dataset)
     sampler = BatchSampler(order, batch_size, drop_last=False)
     return DataLoader(dataset, sampler=sampler, batch_size=None, generator=generator)
 
 
 def to_unit(images):
-    """uint8 in 0..255 -> float in [0, 1]."""
+    """Convert uint8 in 0..255 to float in [0, 1]."""
     return images.float() / 255
 
 
 def to_symmetric(images):
-    """uint8 in 0..255 -> float in [-1, 1], the range of tanh."""
+    """Convert uint8 in 0..255 to float in [-1, 1], the range of tanh."""
     return to_unit(images) * 2 - 1
 
 
 def binarize(images, how, generator=None):
-    """uint8 in 0..255 -> float in {0, 1}, or in [0, 1] where nothing is to be done.
+    """Convert uint8 in 0..255 to float in {0, 1}, or in [0, 1] for 'none'.
 
     Args:
-        how: 'threshold' for x > 0.5; 'stochastic' for a fresh Bernoulli(x) draw at each call, with the
-            random numbers of `generator` (the global ones without it); 'none' for the grey pixels. Anything else
-            raises ValueError.
+        how: 'threshold' for x > 0.5, 'stochastic' for a new Bernoulli(x) draw at each call, or 'none' for the
+            grey pixels. Other values raise ValueError.
+        generator: source of the random numbers, by default the global one.
     """
     x = to_unit(images)
     if how == "none":
@@ -106,8 +187,8 @@ def binarize(images, how, generator=None):
 def distort(images, share):
     """Rotate, scale and shear a random share of uint8 images (N, 1, 28, 28) a little, each differently.
 
-    The angle is normal with standard deviation 0.1 (6 degrees), the shear likewise; the scales are log-normal
-    with 0.07. The random numbers are drawn on the CPU, so that every device gets the same.
+    The angle in radians and the shear are normal with standard deviation 0.1. The scales are log-normal with
+    0.07. The random numbers are drawn on the CPU, so every device gets the same images.
     """
     chosen = torch.rand(len(images)) < share
     angle, shear, log_width, log_height = torch.randn(4, len(images))[:, chosen]
@@ -119,66 +200,8 @@ def distort(images, share):
     row_x = torch.stack([width * angle.cos(), shear - width * angle.sin(), zero], 1)
     row_y = torch.stack([height * angle.sin(), height * angle.cos(), zero], 1)
     originals = images[chosen].float()
-    grid = F.affine_grid(
-        torch.stack([row_x, row_y], 1).to(images.device), originals.shape, align_corners=False
-    )
+    matrices = torch.stack([row_x, row_y], 1).to(images.device)
+    grid = F.affine_grid(matrices, originals.shape, align_corners=False)
     images = images.clone()
     images[chosen] = F.grid_sample(originals, grid, align_corners=False).round().to(torch.uint8)
     return images
-
-
-def _verified(path, md5):
-    """Whether the file has this sum; an unreadable one is reported, not raised."""
-    try:
-        return check_integrity(path, md5)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-
-
-def _unpack(raw, missing):
-    """Put the missing unpacked files into `raw`, each at one stroke.
-
-    Every process unpacks into a temporary folder of its own and moves the finished files into place, so any
-    number of them may start together and none ever reads a file that another is still writing.
-    """
-    try:
-        raw.mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.TemporaryDirectory(prefix=".unpack-", dir=raw)
-    except OSError as error:
-        raise UserError(
-            f"{raw} lacks {', '.join(missing)} and cannot be written ({error.strerror}): "
-            "unpack the data there or name another folder with --data-dir"
-        ) from None
-    with temporary as folder:
-        for archive, md5 in MNIST.resources:
-            name = archive.removesuffix(".gz")
-            if name not in missing:
-                continue
-            try:
-                _extract(raw / archive, md5, folder)
-                if not os.path.exists(raw / name):
-                    os.replace(Path(folder) / name, raw / name)
-            except OSError as error:
-                # Where another process was quicker, some systems refuse to replace its file.
-                if not _verified(raw / name, UNPACKED_MD5[name]):
-                    raise UserError(f"{raw / name} cannot be written: {error.strerror or error}") from None
-
-
-def _extract(archive, md5, folder):
-    """Unpack an archive, or download it where it is missing, into the folder."""
-    if os.path.exists(archive):
-        if not _verified(archive, md5):
-            raise UserError(f"{archive} is damaged (its MD5 is not {md5}): delete it to have it downloaded")
-        shutil.copyfile(archive, Path(folder) / archive.name)
-        mirrors = [""]
-    else:
-        mirrors = MNIST.mirrors
-    for mirror in mirrors:
-        try:
-            return download_and_extract_archive(mirror + archive.name, folder, filename=archive.name, md5=md5)
-        except (RuntimeError, URLError, ConnectionError, TimeoutError):
-            continue
-    raise UserError(
-        f"{archive.parent} lacks {archive.name}, and downloading it failed: put it there or name another folder "
-        "with --data-dir"
-    )

@@ -1,240 +1,182 @@
 """PixelCNN, plain and class-conditional, for binary images.
 
-p(x) = prod_i p(x_i | x_1, ..., x_{i-1}) over the pixels in raster order, each factor a Bernoulli whose
-logit a stack of masked convolutions computes (van den Oord et al. 2016a, "Pixel Recurrent Neural
-Networks", arXiv 1601.06759; labels as in van den Oord et al. 2016b, "Conditional Image Generation with
-PixelCNN Decoders", arXiv 1606.05328).
+The network predicts each pixel from the pixels before it in raster order:
+p(x) = prod_i p(x_i | x_1, ..., x_{i-1}). Each factor is a Bernoulli distribution, whose logit comes from a stack of
+masked convolutions (van den Oord et al. 2016a, "Pixel Recurrent Neural Networks", arXiv 1601.06759). The
+class-conditional network adds the label to every layer (van den Oord et al. 2016b, "Conditional Image Generation
+with PixelCNN Decoders", arXiv 1606.05328).
 """
 
-from functools import partial
-from itertools import chain
+from typing import Annotated, Literal, get_args
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from models.ar_sampler import draw_images
+
 IMAGE_SHAPE = (1, 28, 28)
-BLOCKS = ("plain", "residual", "bottleneck", "depthwise", "gated")
+Activation = Literal["relu", "hardswish", "gelu", "silu"]  # names in torch.nn.functional
+Block = Literal["plain", "residual", "gated"]
 
 
 class MaskedConv2d(nn.Conv2d):
     """Convolution that sees only pixels that come earlier in raster order (2016a, section 3.4, fig. 2).
 
-    Mask 'A' hides the centre as well and belongs in the first layer, mask 'B' shows it. The rows below the
-    centre are all hidden, so they are cut off rather than multiplied by zero: a 7 x 7 kernel costs 4/7.
+    Mask 'A' hides the centre of the kernel, and belongs in the first layer. Mask 'B' shows it.
 
     Args:
         mask_type: 'A' or 'B'; anything else raises ValueError.
-        padding: pixels on each side, as in `nn.Conv2d`; the other arguments likewise. Kernels are odd.
+        in_channels, out_channels, kernel_size, stride, padding, bias: as in `nn.Conv2d`.
     """
 
-    def __init__(
-        self, mask_type, in_channels, out_channels, kernel_size, stride=1, padding=0, bias=True, groups=1
-    ):
+    def __init__(self, mask_type, in_channels, out_channels, kernel_size, stride=1, padding=0, bias=True):
         if mask_type not in ("A", "B"):
             raise ValueError(f"mask_type is 'A' or 'B', not {mask_type!r}")
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=bias)
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
         self.mask_type = mask_type
-        row, column = (size // 2 for size in self.kernel_size)
+        row, column = (size // 2 for size in self.kernel_size)  # of the centre
         mask = torch.ones_like(self.weight)
         mask[:, :, row, column + (mask_type == "B") :] = 0
         mask[:, :, row + 1 :] = 0
-        self.register_buffer("mask", mask, persistent=False)  # it follows from the arguments
+        self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, x):
-        """(N, in_channels, H, W) -> (N, out_channels, H', W'), equal to `conv2d(x, weight * mask)`."""
+        """Convolve (N, in_channels, H, W) to (N, out_channels, H', W'); equals `conv2d(x, weight * mask)`."""
+        # All rows below the centre are hidden. Leaving them out costs 4/7 of a full 7 x 7 kernel.
         weight = self.visible_weight()
         hidden_rows = self.kernel_size[0] - weight.shape[2]
         top, side = self.padding
         if top or side or hidden_rows:
             x = F.pad(x, (side, side, top, top - hidden_rows))
-        return F.conv2d(x, weight, self.bias, self.stride, groups=self.groups)
+        return F.conv2d(x, weight, self.bias, self.stride)
 
     def visible_weight(self):
-        """The masked kernel without the rows below its centre."""
+        """Return the masked kernel down to its centre row, (out_channels, in_channels, rows, columns)."""
         rows = self.kernel_size[0] // 2 + 1
         return self.weight[:, :, :rows] * self.mask[:, :, :rows]
 
-    def constant(self):
-        """What the layer adds to every pixel of its output."""
-        return self.bias
+    def _load_from_state_dict(self, state_dict, prefix, *others):
+        # The handout saves the mask. It follows from the arguments, so a saved one is not needed.
+        state_dict.pop(prefix + "mask", None)
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
 
 class ConditionalMaskedConv2d(MaskedConv2d):
-    """Masked convolution with a bias per class, W * x + b + V y (2016b, section 2.3).
+    """Masked convolution with a bias for each class, W * x + b + V y (2016b, section 2.3).
 
-    V is the linear map `class_emb` from one-hot labels to output channels; b is its only constant.
+    V is the linear map `class_emb` from one-hot labels to output channels. It has no bias of its own.
     """
 
     def __init__(
-        self,
-        mask_type,
-        in_channels,
-        out_channels,
-        kernel_size,
-        num_classes,
-        stride=1,
-        padding=0,
-        bias=True,
-        groups=1,
+        self, mask_type, in_channels, out_channels, kernel_size, num_classes, stride=1, padding=0, bias=True
     ):
-        super().__init__(mask_type, in_channels, out_channels, kernel_size, stride, padding, bias, groups)
+        super().__init__(mask_type, in_channels, out_channels, kernel_size, stride, padding, bias)
         self.class_emb = nn.Linear(num_classes, out_channels, bias=False)
-        # Small beside the features, so that these decide first and the label biases them.
+        # Small values: at first the features decide, and the label shifts them a little.
         nn.init.normal_(self.class_emb.weight, std=0.05)
 
     def forward(self, x, y):
-        """x (N, in_channels, H, W), y (N, num_classes) one-hot -> (N, out_channels, H', W')."""
-        return super().forward(x) + self.class_emb(y)[:, :, None, None]
-
-    def constant(self, y):
-        """What the layer adds to every pixel of its output, (N, out_channels)."""
-        return self.bias + self.class_emb(y)
+        """Convolve x (N, in_channels, H, W) and add V y, for one-hot labels y (N, num_classes)."""
+        class_bias = self.class_emb(y.to(self.class_emb.weight.dtype))
+        return super().forward(x) + class_bias[:, :, None, None]
 
 
 class PixelCNN(nn.Module):
-    """Logits of every pixel given the pixels before it.
+    """Stack of masked convolutions that gives the logit of every pixel, given the pixels before it.
 
-    A type-A layer, `num_layers` blocks around a type-B layer each, and two 1 x 1 layers.
+    A type-A layer, `num_layers` type-B layers, and a head of two 1 x 1 layers.
 
     Args:
-        block: what a block makes of its input h: 'plain' replaces it with layer(h); 'residual' gives h + layer(h);
-            'bottleneck' is residual with the layer at half the channels, between two 1 x 1 layers (2016a, section
-            3.3, fig. 5); 'depthwise' is residual with a kernel for each channel by itself and, after it, two 1 x 1
-            layers with twice the channels between them; 'gated' is residual with a sigmoid gate on each feature map
-            (2016b, Eq. 2, with a linear map in place of the tanh). Anything else raises ValueError.
-        channels: feature maps between the blocks.
-        first_kernel_size, kernel_size: of the type-A layer and of the type-B layers between it and the last
-            two; odd.
-        head_channels: feature maps between the two 1 x 1 layers.
-        activation: name of the nonlinearity in `torch.nn.functional`, before each layer but the first.
-        dropout: probability with which each feature in a block is dropped in training.
-        normalised: normalise the input of each block over the channels of a pixel (Ba et al. 2016, arXiv 1607.06450),
-            which, unlike a normalisation over pixels, is causal.
-        positional: add a learned vector for each position of a 28 x 28 image to the type-A layer's output;
-            positions beyond it in a larger image share the vector of the nearest one.
-        conv: the class of the masked layers.
+        first_kernel_size: of the type-A layer. A wide kernel is cheap here, as the image has one channel.
+        block: how a type-B layer changes the features h. 'plain' replaces h by layer(h), 'residual' adds layer(h)
+            to h. 'gated' adds one half of layer(h)'s channels times the sigmoid of the other half (2016b, Eq. 2,
+            without its tanh).
+        positional: add a learned vector for each pixel of a 28 x 28 image to the type-A layer's output.
+
+    Raises:
+        ValueError: a value is out of its range.
     """
 
     def __init__(
         self,
-        num_layers=8,
-        channels=32,
-        first_kernel_size=27,
-        kernel_size=7,
-        head_channels=64,
-        activation="hardswish",
-        block="residual",
-        dropout=0.0,
-        normalised=False,
-        positional=True,
-        conv=MaskedConv2d,
+        *,
+        num_layers: Annotated[int, "type-B layers between the type-A layer and the head"] = 8,
+        channels: Annotated[int, "feature maps of each of them"] = 32,
+        first_kernel_size: Annotated[int, "kernel size of the type-A layer, odd"] = 27,
+        kernel_size: Annotated[int, "kernel size of the type-B layers, odd"] = 7,
+        head_channels: Annotated[int, "feature maps between the two 1 x 1 layers of the head"] = 64,
+        activation: Annotated[Activation, "nonlinearity before each layer but the first"] = "hardswish",
+        block: Annotated[Block, "how a type-B layer changes the features"] = "residual",
+        dropout: Annotated[float, "probability of dropping a feature before a type-B layer"] = 0.0,
+        positional: Annotated[bool, "add a learned vector for each position"] = True,
     ):
-        if block not in BLOCKS:
-            raise ValueError(f"block is one of {', '.join(BLOCKS)}, not {block!r}")
+        _check_sizes(num_layers, channels, first_kernel_size, kernel_size, head_channels)
+        _check_choices(activation, block, dropout)
         super().__init__()
-        self.block, self.dropout, self.normalised = block, dropout, normalised
+        self.block, self.dropout = block, dropout
         self.activation = getattr(F, activation)
-        self.first = conv("A", 1, channels, first_kernel_size, padding=first_kernel_size // 2)
+        self.first = self.masked_layer("A", 1, channels, first_kernel_size)
         self.position = nn.Parameter(torch.zeros(channels, *IMAGE_SHAPE[1:])) if positional else None
-
-        def masked(in_channels, out_channels, size=kernel_size, groups=1):
-            return conv("B", in_channels, out_channels, size, padding=size // 2, groups=groups)
-
-        def layers():
-            if block == "bottleneck":
-                half = channels // 2
-                return [masked(channels, half, 1), masked(half, half), masked(half, channels, 1)]
-            if block == "depthwise":
-                twice = 2 * channels
-                return [
-                    masked(channels, channels, groups=channels),
-                    masked(channels, twice, 1),
-                    masked(twice, channels, 1),
-                ]
-            return [masked(channels, 2 * channels if block == "gated" else channels)]
-
-        self.blocks = nn.ModuleList(nn.ModuleList(layers()) for _ in range(num_layers))
-        self.norms = nn.ModuleList(
-            nn.LayerNorm(channels) if normalised else nn.Identity() for _ in range(num_layers)
+        outputs = 2 * channels if block == "gated" else channels
+        self.blocks = nn.ModuleList(
+            self.masked_layer("B", channels, outputs, kernel_size) for _ in range(num_layers)
         )
-        self.head = nn.ModuleList([masked(channels, head_channels, 1), masked(head_channels, 1, 1)])
+        self.head = nn.ModuleList(
+            [self.masked_layer("B", channels, head_channels, 1), self.masked_layer("B", head_channels, 1, 1)]
+        )
+        _check_convolutions(self)
+
+    def masked_layer(self, mask_type, in_channels, out_channels, kernel_size):
+        """Make a masked layer that keeps the size of the image."""
+        return MaskedConv2d(mask_type, in_channels, out_channels, kernel_size, padding=kernel_size // 2)
 
     def forward(self, x):
-        """(N, 1, H, W) images in {0, 1} -> (N, 1, H, W) logits."""
-        return self._logits(x, lambda layer, h: layer(h), self._offset(*x.shape[2:]))
+        """Return the logits (N, 1, H, W) of images x (N, 1, H, W) in {0, 1}."""
+        return self.logits(x, lambda layer, h: layer(h), self.position_vectors(*x.shape[2:]))
 
-    def sample(self, num_samples, generator=None, cached=True, given=None):
-        """Draw (num_samples, 1, 28, 28) images in {0, 1}, pixel by pixel in raster order, in eval mode.
+    def logits(self, x, convolve, position):
+        """Run the network with `convolve(layer, h)` for each masked layer; `position` is (channels, H, W).
 
-        The random numbers come from `generator` (a CPU `torch.Generator`; without one, a fresh one with
-        seed 0), so the global random state is left alone and the draw is repeatable.
-
-        Args:
-            cached: compute each feature once (Ramachandran et al. 2017, arXiv 1704.06001); without it, run
-                the whole network for every pixel. Both draw the same images, up to a tie within rounding.
-            given: (num_samples, 1, rows, 28) in {0, 1}, the uppermost rows of the images, to be completed.
+        Everything else acts on each pixel by itself. So the sampler can run these lines on a single pixel, with a
+        `convolve` of its own.
         """
-        return self._draw(num_samples, generator, cached, given)
+        h = convolve(self.first, x)
+        h = h + position.to(h.dtype)  # h may be bfloat16
+        for layer in self.blocks:
+            update = convolve(layer, F.dropout(self.activation(h), self.dropout, self.training))
+            if self.block == "gated":
+                update = F.glu(update, dim=1)
+            h = update if self.block == "plain" else h + update
+        for layer in self.head:
+            h = convolve(layer, self.activation(h))
+        return h
 
-    def _offset(self, height, width):
-        """What is added to the type-A layer's output because of the position, (channels, H, W)."""
+    def position_vectors(self, height, width):
+        """Return the vector of each position of an image, (channels, height, width); zeros if not `positional`.
+
+        Beyond 28 x 28, a position has the vector of the nearest one inside.
+        """
         if self.position is None:
             return self.first.weight.new_zeros(1, height, width)
         _, rows, columns = self.position.shape
         row, column = torch.arange(height).clamp(max=rows - 1), torch.arange(width).clamp(max=columns - 1)
         return self.position[:, row[:, None], column]
 
-    def _logits(self, x, apply, offset):
-        """The network, with `apply(layer, features)` in place of each masked convolution.
+    def sample(self, num_samples, generator=None, cached=True, given=None):
+        """Draw images in {0, 1}, (num_samples, 1, 28, 28), pixel by pixel in raster order, in eval mode.
 
-        Everything else acts on each pixel by itself, so the same lines serve whole images and one column.
+        Args:
+            generator: CPU `torch.Generator`; None for a new one with seed 0. The global random state is not used.
+            cached: compute each feature once. Otherwise run the whole network for every pixel, which takes much
+                longer. Both draw the same images, except for ties within rounding.
+            given: uppermost rows of the images to complete, (num_samples, 1, rows, 28) in {0, 1}.
         """
-        h = apply(self.first, x)
-        h = h + offset.to(h.dtype)  # under autocast the features stay in bfloat16
-        for block, norm in zip(self.blocks, self.norms):
-            update = norm(h.movedim(1, -1)).movedim(-1, 1) if self.normalised else h
-            for layer in block:
-                update = apply(layer, F.dropout(self.activation(update), self.dropout, self.training))
-            if self.block == "gated":
-                update = F.glu(update, dim=1)
-            h = update if self.block == "plain" else h + update
-        for layer in self.head:
-            h = apply(layer, self.activation(h))
-        return h
-
-    @torch.no_grad()
-    def _draw(self, num_samples, generator, cached, given, *y):
-        images = self.first.weight.new_zeros(num_samples, *IMAGE_SHAPE)
-        _, _, height, width = images.shape
-        num_given = 0 if given is None else given.shape[2]
-        if num_given:
-            images[:, :, :num_given] = given
-        offset = self._offset(height, width)
-        generator = generator or torch.Generator().manual_seed(0)
-        # x = [logit(u) < logit(p)] with uniform u is a draw of Bernoulli(p).
-        thresholds = torch.rand(images.shape, generator=generator).logit().to(images)
-        layers = [self.first, *chain(*self.blocks), *self.head]
-        caches = {layer: _LayerCache(layer, images, layer.constant(*y)) for layer in layers} if cached else {}
-        for row in range(height):
-            for cache in caches.values():
-                cache.start_row()
-            for column in range(width):
-                if cached:
-                    logits = self._logits(
-                        None, lambda layer, h: caches[layer].column(column, h), offset[:, row, column]
-                    )
-                else:
-                    logits = self(images, *y)[:, :, row, column]
-                if row >= num_given:
-                    images[:, :, row, column] = (thresholds[:, :, row, column] < logits).to(images)
-                if cached:
-                    caches[self.first].store(column, images[:, :, row, column])
-        return images
+        return draw_images(self, (num_samples, *IMAGE_SHAPE), generator, cached, given)
 
 
 class ConditionalPixelCNN(PixelCNN):
-    """PixelCNN in which V y reaches every masked layer, p(x | y).
+    """PixelCNN whose masked layers all see the label, for p(x | y).
 
     Args:
         num_classes: length of the one-hot labels.
@@ -242,70 +184,61 @@ class ConditionalPixelCNN(PixelCNN):
     """
 
     def __init__(self, num_classes=10, **architecture):
-        super().__init__(conv=partial(ConditionalMaskedConv2d, num_classes=num_classes), **architecture)
-        self.num_classes = num_classes
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, not {num_classes}")
+        self.num_classes = num_classes  # before the layers are made, which need it
+        super().__init__(**architecture)
+
+    def masked_layer(self, mask_type, in_channels, out_channels, kernel_size):
+        """Make a masked layer that adds V y and keeps the size of the image."""
+        padding = kernel_size // 2
+        return ConditionalMaskedConv2d(
+            mask_type, in_channels, out_channels, kernel_size, self.num_classes, padding=padding
+        )
 
     def forward(self, x, y):
-        """x (N, 1, H, W) in {0, 1}, y (N, num_classes) one-hot -> (N, 1, H, W) logits."""
-        return self._logits(x, lambda layer, h: layer(h, y), self._offset(*x.shape[2:]))
+        """Return the logits (N, 1, H, W) of images x (N, 1, H, W) with one-hot labels y (N, num_classes)."""
+        return self.logits(x, lambda layer, h: layer(h, y), self.position_vectors(*x.shape[2:]))
 
     def sample(self, labels, generator=None, cached=True, given=None):
-        """Draw an image in {0, 1} for each of `labels`, (N,) integers; see `PixelCNN.sample`."""
-        weight = self.first.class_emb.weight
-        labels = torch.as_tensor(labels, device=weight.device).long()
-        y = F.one_hot(labels, self.num_classes).to(weight)
-        return self._draw(len(labels), generator, cached, given, y)
+        """Draw an image for each of the integers `labels`, (N,); see `PixelCNN.sample`.
+
+        Raises:
+            ValueError: `labels` is not a list or a one-dimensional tensor.
+        """
+        labels = torch.as_tensor(labels, device=self.first.weight.device)
+        if labels.dim() != 1:
+            raise ValueError(
+                "labels must be a list with one class per image, such as [3] for one image of a 3"
+            )
+        y = F.one_hot(labels.long(), self.num_classes)
+        return draw_images(self, (len(labels), *IMAGE_SHAPE), generator, cached, given, y)
 
 
-class _LayerCache:
-    """What one masked layer needs to give its output at one pixel after another.
+def _check_sizes(num_layers, channels, first_kernel_size, kernel_size, head_channels):
+    counts = (("num_layers", num_layers, 0), ("channels", channels, 1), ("head_channels", head_channels, 1))
+    for name, value, least in counts:
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, not {value}")
+    for name, size in (("first_kernel_size", first_kernel_size), ("kernel_size", kernel_size)):
+        if size < 1 or size % 2 == 0:
+            raise ValueError(f"{name} must be a positive odd number, not {size}")
 
-    The inputs of the row under way and of those above that the kernel reaches are kept, (rows, N, padded
-    width * channels), so that the part of a row that the kernel sees is one slice. What the rows above add
-    is computed for a whole row at once; a pixel then costs one matrix product with the kernel's last row.
-    """
 
-    def __init__(self, layer, images, constant):
-        num_samples, _, _, self.width = images.shape
-        self.constant = constant
-        weight = layer.visible_weight()
-        if layer.groups > 1:  # one kernel for all channels, with zeros between those of different groups
-            same_group = torch.eye(layer.groups).to(weight)[:, None, :, None, None, None]
-            weight = same_group * weight.unflatten(0, (layer.groups, -1))[:, :, None]
-            weight = weight.flatten(0, 1).flatten(1, 2)
-        self.weight_above = weight[:, :, :-1]
-        self.reach = layer.kernel_size[1] // 2
-        # Mask 'A' stops before the centre, mask 'B' with it.
-        self.seen = self.reach + (layer.mask_type == "B")
-        self.weight_row = weight[:, :, -1, : self.seen].permute(2, 1, 0).flatten(0, 1).contiguous()
-        self.channels = layer.in_channels
-        self.inputs = weight.new_zeros(
-            self.weight_above.shape[2] + 1, num_samples, (self.width + 2 * self.reach) * self.channels
-        )
-        self.row = self.inputs[-1]
+def _check_choices(activation, block, dropout):
+    for name, value, kind in (("activation", activation, Activation), ("block", block, Block)):
+        if value not in get_args(kind):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, not {value!r}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be at least 0 and below 1, not {dropout}")
 
-    def start_row(self):
-        """Move up one row and add up what the rows above give every pixel of the new one."""
-        if len(self.inputs) > 1:
-            for row, next_row in zip(self.inputs, self.inputs[1:]):
-                row.copy_(next_row)
-            self.row.zero_()
-            x = self.inputs[:-1].unflatten(2, (-1, self.channels)).permute(1, 3, 0, 2)
-            # (N, out_channels, 1, W) -> (W, N, out_channels)
-            above = F.conv2d(x, self.weight_above).squeeze(2).permute(2, 0, 1) + self.constant
-        else:
-            above = self.constant.expand(self.width, self.inputs.shape[1], -1)
-        self.above = above.unbind()
 
-    def store(self, column, x):
-        """Keep the layer's input (N, channels) at this column of the row under way."""
-        start = (column + self.reach) * self.channels
-        self.row[:, start : start + self.channels] = x
-
-    def column(self, column, x):
-        """The layer's output (N, out_channels) at this column, given its input there (None for mask 'A')."""
-        if x is not None:
-            self.store(column, x)
-        start = column * self.channels
-        window = self.row[:, start : start + self.seen * self.channels]
-        return torch.addmm(self.above[column], window, self.weight_row)
+def _check_convolutions(network):
+    """Refuse convolutions with which the network would train, but could not be sampled."""
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):
+            same_size = tuple(size // 2 for size in layer.kernel_size)
+            if not isinstance(layer, MaskedConv2d) or (layer.stride, layer.padding) != ((1, 1), same_size):
+                raise ValueError(
+                    f"every convolution must be masked and keep the size of the image, unlike {layer}"
+                )

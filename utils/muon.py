@@ -1,49 +1,70 @@
-"""Muon, the optimiser of step 2's kernels."""
+"""The optimiser of step 2: Muon for the kernels, Adam for all other parameters."""
 
 import torch
 
-# Of the quintic a s + b s^3 + c s^5 that takes singular values in (0, 1] towards 1, as in the source.
+# The polynomial a s + b s^3 + c s^5, applied again and again, takes singular values s in (0, 1] towards 1.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose direction is orthogonalised: every singular value of an update is about the learning rate.
+    """Orthogonalise the updates of the kernels; leave the other parameters to Adam.
 
-    Where Adam evens out the sizes of the single entries, Muon evens out those of the directions of the linear map, so
-    that a few large ones do not set the pace for all (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
-    It is meant for weights between features; other parameters are left to Adam. torch.optim.Muon, which torch has
-    since 2.9, takes matrices alone.
+    Adam gives the single weights updates of similar size. Muon gives the singular values of a kernel's update a
+    similar size, so that a few directions do not dominate it (Jordan et al. 2024,
+    https://kellerjordan.github.io/posts/muon/). torch.optim.Muon takes matrices only, and no kernels of convolutions.
+
+    Both learning rates are in `param_groups`, so that one schedule scales both.
 
     Args:
-        params: weights of at least two dimensions. A kernel (out_channels, in_channels, height, width) counts as a
-            matrix with a row for each output channel.
-        lr: the learning rate.
-        momentum: of the average over past gradients, with Nesterov's look ahead.
+        kernels: weights (out_channels, in_channels, height, width). Each counts as a matrix with `out_channels` rows.
+        others: the other parameters.
+        muon_rate: learning rate of the kernels. None gives them to Adam, too.
+        learning_rate: learning rate of Adam, whose betas are 0.9 and 0.99.
+        momentum: of the average over the gradients of the kernels.
     """
 
-    def __init__(self, params, lr, momentum=0.95):
-        super().__init__(params, dict(lr=lr, momentum=momentum))
+    def __init__(self, kernels, others, muon_rate, learning_rate, momentum=0.95):
+        kernels, others = list(kernels), list(others)
+        if muon_rate is None:
+            kernels, others = [], others + kernels
+        elif muon_rate <= 0:
+            raise ValueError(f"muon_rate must be positive or None, not {muon_rate}")
+        self.adam = torch.optim.Adam(others, lr=learning_rate, betas=(0.9, 0.99), fused=True)
+        groups = [dict(params=kernels, lr=muon_rate, momentum=momentum)] if kernels else []
+        super().__init__([*self.adam.param_groups, *groups], {})
+        self._share_with_adam()
+
+    def _share_with_adam(self):
+        """Let Adam update the first group, with the states that this optimiser saves and loads."""
+        self.adam.param_groups, self.adam.state = self.param_groups[:1], self.state
+
+    def load_state_dict(self, state_dict):
+        """Load the states of all parameters and the learning rates."""
+        super().load_state_dict(state_dict)
+        self._share_with_adam()
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
+        """Update all parameters."""
+        self.adam.step()
+        for group in self.param_groups[1:]:
             for weight in group["params"]:
                 state = self.state[weight]
                 if not state:
                     state["average"] = torch.zeros_like(weight)
                 average = state["average"]
                 average.lerp_(weight.grad, 1 - group["momentum"])
-                ahead = weight.grad.lerp(average, group["momentum"])
-                weight.sub_(orthogonalised(ahead.flatten(1)).view_as(weight), alpha=group["lr"])
+                ahead = weight.grad.lerp(average, group["momentum"])  # Nesterov's momentum
+                weight.sub_(orthogonalise(ahead.flatten(1)).view_as(weight), alpha=group["lr"])
 
 
-def orthogonalised(matrix):
-    """Nearly U V^T for a matrix (rows, columns) = U S V^T, whatever its scale.
+def orthogonalise(matrix):
+    """Return nearly U V^T for a matrix U S V^T of any scale.
 
-    Singular values become about 0.7 to 1.2; those below some thousandths of its norm stay smaller. Each Newton-Schulz
-    iteration multiplies from the left by a polynomial in X X^T, so the iterations are done on that small product,
-    (rows, rows), and the matrix is multiplied once.
+    The singular values become 0.7 to 1.2; those below some thousandths of the matrix's norm stay smaller. Each
+    Newton-Schulz iteration multiplies the matrix by a polynomial in the small product X X^T. So the iterations work
+    on that product, (rows, rows), and the matrix is multiplied once at the end.
     """
     a, b, c = COEFFICIENTS
     matrix = matrix / matrix.norm().clamp(min=1e-7)

@@ -1,166 +1,99 @@
-"""What the bundle's speed rests on, measured against the usual way: `python -m utils.benchmark`.
+"""Measure what makes the bundle fast against the usual way: `python -m utils.benchmark`.
 
-The two ways of feeding a training are timed in turn, several rounds; drawing images once each way, because
-the plain loop takes minutes. The ratios are what counts: seconds depend on the machine and on what else it
-does. results/benchmark/metrics.json has them all.
+The two ways are timed in turn, over several rounds. Compare the ratios: seconds depend on the machine and on what
+else it does. All results go into results/benchmark/metrics.json.
 """
 
 import statistics
+import sys
 import time
-from itertools import cycle
 
 import torch
-from torch import nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import MNIST
-from torchvision.transforms import Compose, Normalize, ToTensor
+from torchvision.transforms import ToTensor
 
-import hw2_step1_main as step1
 import hw2_step2_main as step2
-import hw2_step3_main as step3
 from models.AR import MaskedConv2d, PixelCNN
-from models.GAN import Discriminator, Generator, train_discriminator, train_generator
-from models.VAE import VAE_model
-from utils import runs
-from utils.data import batches, binarize, load_mnist, to_symmetric, to_unit
+from utils import files, machine
+from utils.cli import exit_code
+from utils.data import batches, binarize, load_data, to_unit
+from utils.hyperparameters import defaults
+from utils.muon import Muon
 
 ROUNDS = 3
-SHARE = 10  # a tenth of an epoch is timed each round
+FRACTION = 10  # a tenth of an epoch is timed in each round
 STEPS = 10
 NUMS_SAMPLES = (1, 64, 256)
 
 
-def gan_step():
-    """One update of both of step 1's default networks and of the average, as a function of a batch in [-1, 1]."""
-    options = step1.DEFAULTS
-    generator = Generator(options["dim_z"], options["g_channels"])
-    discriminator = Discriminator(options["d_channels"], options["dropout"])
-    g_optimizer = torch.optim.Adam(generator.parameters(), lr=options["g_learning_rate"], fused=True)
-    d_optimizer = torch.optim.Adam(discriminator.parameters(), lr=options["d_learning_rate"], fused=True)
-    averaged = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(options["ema_decay"]))
-    criterion = nn.BCEWithLogitsLoss()
-    every = options["penalty_every"]
-    penalties = cycle([options["penalty"] * every, *[0.0] * (every - 1)])
-
-    def step(x):
-        fake_images = generator(torch.randn(len(x), generator.dim_z))
-        train_discriminator(
-            discriminator, d_optimizer, x, fake_images, criterion, x.device, penalty=next(penalties)
-        )
-        train_generator(generator, g_optimizer, discriminator(fake_images), criterion, x.device)
-        averaged.update_parameters(generator)
-
-    return step
-
-
-def vae_step():
-    """One update of step 3's default network, as a function of a batch in [0, 1]."""
-    options = step3.DEFAULTS
-    model = VAE_model(step3.NUM_PIXELS, [*options["hidden_dims"], 2 * options["latent_dim"]])
-    optimizer = torch.optim.Adam(model.parameters(), lr=options["learning_rate"], fused=True)
-
-    def step(x):
-        loss = step3.loss_func(model, x, options["kl_coeff"])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    return step
-
-
 class FullKernelConv2d(MaskedConv2d):
-    """The masked convolution as it is usually written: the zeros of the mask are multiplied like the rest."""
+    """The masked convolution as it is usually written, which multiplies by the zeros of the mask."""
 
     def forward(self, x):
         return F.conv2d(x, self.weight * self.mask, self.bias, self.stride, self.padding)
 
 
-def compare_feeding(name, step, batch_size, convert, transform, images, labels):
-    """An epoch fed by `utils.data.batches` against per-image transforms, with `step` and without it."""
-    count = len(images) // SHARE
-    subset = torch.utils.data.Subset(MNIST(runs.ROOT / "data", train=True, transform=transform), range(count))
+class FullKernelPixelCNN(PixelCNN):
+    """Step 2's network of such layers."""
 
-    def ours(work):
-        for x, _ in batches(images[:count], labels[:count], batch_size, torch.Generator()):
-            work(convert(x))
-
-    def usual(work):
-        for x, _ in DataLoader(subset, batch_size, shuffle=True):
-            work(x)
-
-    return {
-        f"{name}_{what}": ratio(
-            f"{name}, {what}: per-image transforms / images in one tensor",
-            *(SHARE * seconds for seconds in interleave(lambda: usual(work), lambda: ours(work))),
-            batch_size=batch_size,
-        )
-        for what, work in (("epoch", step), ("feeding", lambda x: None))
-    }
+    def masked_layer(self, mask_type, in_channels, out_channels, kernel_size):
+        return FullKernelConv2d(mask_type, in_channels, out_channels, kernel_size, padding=kernel_size // 2)
 
 
-def compare_pixelcnn_steps(images):
-    """A training step of step 2's default network against slower ways to compute it, and against depthwise blocks."""
-    x = binarize(images[: step2.DEFAULTS["batch_size"]], "threshold")
+def compare_feeding(images, labels, batch_size=128):
+    """Compare an epoch of batches of one tensor with an epoch of torchvision's per-image transforms."""
+    count = len(images) // FRACTION
+    usual = Subset(MNIST(files.ROOT / "data", train=True, transform=ToTensor()), range(count))
 
-    def steps(memory_format, bfloat16, **changes):
-        network = PixelCNN(**{**step2.ARCHITECTURE, **changes}).to(memory_format=memory_format)
-        optimizers = step2.make_optimizers(network, step2.DEFAULTS).values()
-        averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(step2.DEFAULTS["ema_decay"]))
+    def feed_usual():
+        for _ in DataLoader(usual, batch_size, shuffle=True):
+            pass
+
+    def feed_ours():
+        for x, _ in batches(
+            images[:count], labels[:count], batch_size=batch_size, generator=torch.Generator()
+        ):
+            to_unit(x)
+
+    seconds = [FRACTION * each for each in interleave(feed_usual, feed_ours)]
+    return ratio("an epoch's batches: per-image transforms / one tensor", *seconds, batch_size=batch_size)
+
+
+def compare_training_steps(images, precision):
+    """Compare a training step of step 2 with full kernels and with the rows that the mask leaves."""
+    options = defaults(step2.train)
+    x = binarize(images[: options["batch_size"]], "threshold")
+    device = torch.device("cpu")
+
+    def steps(network):
+        optimizer = Muon(*step2.split_parameters(network), options["muon_rate"], options["learning_rate"])
 
         def work():
             for _ in range(STEPS):
-                with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+                with machine.autocast(device, precision):
                     logits = network(x)
                 loss = F.binary_cross_entropy_with_logits(logits.float(), x, reduction="sum") / len(x)
-                network.zero_grad()
+                optimizer.zero_grad()
                 loss.backward()
-                nn.utils.clip_grad_norm_(network.parameters(), step2.DEFAULTS["clip_norm"])
-                for optimizer in optimizers:
-                    optimizer.step()
-                averaged.update_parameters(network)
+                optimizer.step()
 
         return work
 
-    def compare(what, *works):
-        seconds = (each / STEPS for each in interleave(*works))
-        return ratio(f"step 2, training step: {what}", *seconds, batch_size=len(x))
-
-    usual = dict(memory_format=torch.contiguous_format, conv=FullKernelConv2d)
-    units = runs.has_bfloat16_units(torch.device("cpu"))
-    entries = {
-        "full_kernels": compare(
-            "full kernels in the default memory format / rows that the mask leaves, single precision",
-            steps(bfloat16=False, **usual),
-            steps(torch.channels_last, bfloat16=False),
-        ),
-        "depthwise": compare(
-            "the variant with depthwise blocks / the default",
-            steps(torch.channels_last, units, **step2.VARIANTS["depthwise"][1]),
-            steps(torch.channels_last, units),
-        ),
-    }
-    if units:
-        entries["full_kernels_bfloat16"] = compare(
-            "full kernels in the default memory format / rows that the mask leaves, bfloat16",
-            steps(bfloat16=True, **usual),
-            steps(torch.channels_last, bfloat16=True),
-        )
-        entries["single_precision"] = compare(
-            "single precision / bfloat16",
-            *(steps(torch.channels_last, bfloat16) for bfloat16 in (False, True)),
-        )
-    return entries
+    ours = PixelCNN().to(memory_format=torch.channels_last)
+    seconds = [each / STEPS for each in interleave(steps(FullKernelPixelCNN()), steps(ours))]
+    what = f"step 2, a training step in {precision}: full kernels / rows that the mask leaves, channels last"
+    return ratio(what, *seconds, batch_size=len(x))
 
 
 def compare_samplers(num_samples):
-    """Drawing with the cache against one forward pass a pixel, and against one of all pixels, which is the limit.
+    """Compare sampling with one forward pass for each pixel and with the cache.
 
     Raises:
         UserError: the two have drawn different images.
     """
-    network = step2.load_model(runs.ROOT / "results" / step2.STEP / "model.pt")
+    network = step2.load_model(files.ROOT / "results" / step2.STEP / "model.pt")
     network.sample(1)
     seconds, images = {}, {}
     for cached in (True, False):
@@ -168,30 +101,24 @@ def compare_samplers(num_samples):
         images[cached] = network.sample(num_samples, cached=cached)
         seconds[cached] = time.perf_counter() - started
     if not torch.equal(images[True], images[False]):
-        raise runs.UserError(f"the two samplers drew different images of {num_samples}")
+        raise files.UserError(f"the two samplers drew different images of {num_samples}")
     with torch.no_grad():
         started = time.perf_counter()
         network(images[True])
-        one_pass = time.perf_counter() - started
-    return ratio(
-        f"step 2, {num_samples} samples, equal images: one forward pass a pixel / cached",
-        seconds[False],
-        seconds[True],
-        num_samples=num_samples,
-        one_pass_seconds=one_pass,
-    )
+        protocol = dict(num_samples=num_samples, one_pass_seconds=time.perf_counter() - started)
+    what = f"step 2, {num_samples} samples, equal images: one forward pass a pixel / cached"
+    return ratio(what, seconds[False], seconds[True], **protocol)
 
 
 def ratio(what, usual_seconds, seconds, **protocol):
     """Print a ratio of seconds, and return it as an entry for metrics.json."""
     value = usual_seconds / seconds
-    more = ", ".join(f"{name} {each:.3g}" for name, each in protocol.items())
-    print(f"{what}: {usual_seconds:.3g} s / {seconds:.3g} s = {value:.3g} ({more})")
-    return runs.metric(value, "ratio", what, usual_seconds=usual_seconds, seconds=seconds, **protocol)
+    machine.say(f"{what}: {usual_seconds:.3g} s / {seconds:.3g} s = {value:.3g} {protocol}")
+    return files.metric(value, "ratio", what, usual_seconds=usual_seconds, seconds=seconds, **protocol)
 
 
 def interleave(*functions):
-    """Median seconds of each, called in turn after one round of warm-up."""
+    """Return the median seconds of each function, called in turn after a round of warm-up."""
     seconds = [[] for _ in functions]
     for round_ in range(ROUNDS + 1):
         for function, taken in zip(functions, seconds):
@@ -202,24 +129,22 @@ def interleave(*functions):
     return [statistics.median(taken) for taken in seconds]
 
 
-def main():
+def measure():
+    """Measure everything and write metrics.json."""
     torch.manual_seed(0)
-    (images, labels), _ = load_mnist(runs.ROOT / "data")
-    hardware = runs.hardware(torch.device("cpu"))
-    print(hardware)
-    symmetric = Compose([ToTensor(), Normalize(0.5, 0.5)])
-    size = step1.DEFAULTS["batch_size"]
-    entries = compare_feeding("step1", gan_step(), size, to_symmetric, symmetric, images, labels)
-    size = step3.DEFAULTS["batch_size"]
-    entries |= compare_feeding("step3", vae_step(), size, to_unit, ToTensor(), images, labels)
-    entries |= compare_pixelcnn_steps(images)
+    (images, labels), _ = load_data(files.ROOT / "data")
+    hardware = machine.hardware(torch.device("cpu"))
+    machine.say(hardware)
+    entries = {"feeding": compare_feeding(images, labels)}
+    fast = ["bfloat16"] if machine.has_bfloat16_units(torch.device("cpu")) else []
+    for precision in ["float32", *fast]:
+        entries[f"full_kernels_{precision}"] = compare_training_steps(images, precision)
     entries |= {f"sampling_{count}": compare_samplers(count) for count in NUMS_SAMPLES}
-    folder = runs.ROOT / "results" / "benchmark"
-    runs.make_folder(folder)
-    runs.write_json(
-        folder / "metrics.json", {name: entry | dict(hardware=hardware) for name, entry in entries.items()}
-    )
+    folder = files.ROOT / "results" / "benchmark"
+    files.make_folder(folder)
+    entries = {name: entry | dict(hardware=hardware) for name, entry in entries.items()}
+    files.write_json(folder / "metrics.json", entries)
 
 
 if __name__ == "__main__":
-    runs.run_main(main)
+    sys.exit(exit_code(measure, "benchmark.py"))

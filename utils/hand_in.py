@@ -1,15 +1,19 @@
-"""The two files that are handed in: `python -m utils.hand_in --lastname NAME`.
+"""Make the two files that are handed in: `python -m utils.hand_in --lastname NAME`.
 
-NAME_EE8520_F25.pdf is the report, NAME_EE8520_F25.zip the code and what it needs to run. The same files give the
-same archive, byte for byte, with git or without.
+NAME_EE8520_F25.pdf is the report. NAME_EE8520_F25.zip holds the code and what it needs to run. The same files give
+the same archive, byte for byte, with git or without.
 """
 
 import io
+import sys
 import zipfile
 from pathlib import Path
 
-from utils.runs import ROOT, ArgumentParser, UserError, make_folder, run_main, write_atomically
+from utils import machine
+from utils.cli import ArgumentParser, exit_code
+from utils.files import ROOT, UserError, make_folder, write_atomically
 
+DESCRIPTION = "make the two files that are handed in, the report and an archive of the code"
 COURSE = "EE8520_F25"
 REPORT = ROOT / "report" / "report.pdf"
 
@@ -37,7 +41,7 @@ CONTENTS = (
 
 
 def files(root=ROOT):
-    """Paths of the archive's files below the root, sorted as texts.
+    """Return the paths of the archive's files below the root, sorted as texts.
 
     Raises:
         UserError: nothing matches a pattern that names a single file or has to match.
@@ -50,9 +54,9 @@ def files(root=ROOT):
 
 
 def archive(root=ROOT):
-    """The zip archive as bytes: names sorted, one time and one mode for all files, nothing compressed.
+    """Return the zip archive as bytes: names sorted, one time and one mode for all files, nothing compressed.
 
-    Compressed bytes differ from one version of zlib to another; most of the size is compressed already.
+    Compressed bytes would differ from one version of zlib to another.
     """
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as content:
@@ -65,7 +69,7 @@ def archive(root=ROOT):
 
 
 def file_name(name):
-    """The name if it can begin the name of a file on every system.
+    """Return the name if it can begin the name of a file on every system.
 
     Raises:
         UserError: it cannot.
@@ -82,13 +86,12 @@ def file_name(name):
     return name
 
 
-def main():
-    parser = ArgumentParser(
-        prog="python -m utils.hand_in", description=__doc__.splitlines()[0], allow_abbrev=False
-    )
+def hand_in(argv):
+    """Write both files, for a list of flags."""
+    parser = ArgumentParser(prog="python -m utils.hand_in", description=DESCRIPTION)
     parser.add_argument("--lastname", required=True, metavar="NAME", help="begins the names of both files")
     parser.add_argument("--out-dir", type=Path, default=Path(), help="folder for them (the current one)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     stem = args.out_dir / f"{file_name(args.lastname)}_{COURSE}"
     if not REPORT.is_file():
         raise UserError(f"there is no {REPORT}: build it with latexmk in {REPORT.parent}")
@@ -96,8 +99,13 @@ def main():
     make_folder(args.out_dir)
     for path, content in outputs.items():
         write_atomically(Path(path), content)
-        print(f"{path}, {len(content) / 2**20:.1f} MiB")
+        machine.say(f"{path}, {len(content) / 2**20:.1f} MiB")
+
+
+def main(argv=None):
+    """Run with a list of flags; return the exit code."""
+    return exit_code(lambda: hand_in(argv or []), "hand_in.py")
 
 
 if __name__ == "__main__":
-    run_main(main)
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,315 @@
+"""The command line of a step: its flags, variants, folders and exit codes, and the main that all steps share."""
+
+import argparse
+import difflib
+import hashlib
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from utils import ablation, machine, parallel
+from utils.data import DATASETS, load_data
+from utils.files import ROOT, UserError
+from utils.hyperparameters import Range, from_annotation, hyperparameters
+from utils.run import Run, Terminated
+
+MAX_FOLDER_NAME = 100  # characters
+DRY_RUN_EPOCHS = 2
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Flags
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse that answers bad usage with one line instead of the whole usage."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
+    def parse_known_args(self, args=None, namespace=None):
+        namespace, others = super().parse_known_args(args, namespace)
+        if [] in vars(namespace).values():  # some versions of argparse make this of --flag=--
+            self.error("-- is no value of a flag")
+        return namespace, others
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (--help lists the flags)\n")
+
+
+def whole_number(least):
+    """Return an argparse type for integers of at least `least`."""
+    return from_annotation("number", least, Annotated[int, Range(least)]).parse
+
+
+def positive(text):
+    """argparse type for a finite number above 0."""
+    value = from_annotation("number", 1.0, float).parse(text)
+    if not value:
+        raise argparse.ArgumentTypeError("takes a number above 0")
+    return value
+
+
+def folder(text):
+    """argparse type for a folder: `~` is the home folder, and an empty name is refused."""
+    if not text:
+        raise argparse.ArgumentTypeError("takes the name of a folder")
+    return Path(text).expanduser()
+
+
+def make_parser(script, description, options):
+    """Make the parser of a step. Hyperparameters that are not given are None, so that a variant can set them."""
+    parser = ArgumentParser(prog=Path(script).name, description=description)
+    groups = {}
+    for each in options.values():
+        if each.group not in groups:
+            groups[each.group] = parser.add_argument_group(each.group)
+        shown = " ".join(map(str, each.default)) if each.several else each.default
+        options = dict(dest=each.name, default=None, help=f"{each.help} ({shown})")
+        if each.type is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            metavar = "{" + ",".join(each.choices) + "}" if each.choices else each.type.__name__.upper()
+            options |= dict(type=each.parse, metavar=metavar, nargs="+" if each.several else None)
+        groups[each.group].add_argument(each.flag, **options)
+    add_run_flags(parser.add_argument_group("run"))
+    return parser
+
+
+def add_run_flags(group):
+    """Add the flags that every step has beside its hyperparameters."""
+    add = group.add_argument
+    add("--minutes", type=positive, metavar="M", help="train for so long instead of a number of epochs")
+    add("--seed", type=whole_number(0), default=0, metavar="N", help="seed of all random numbers (0)")
+    devices = ["auto", "cpu", "cuda", "mps"]
+    add("--device", choices=devices, default="auto", help="auto is cuda where there is one, else cpu")
+    add("--dataset", choices=DATASETS, default=DATASETS[0], help=f"images to learn ({DATASETS[0]})")
+    add("--data-dir", type=folder, default=ROOT / "data", metavar="DIR", help="folder of the data (data/)")
+    add("--out-dir", type=folder, metavar="DIR", help="folder for the results, made if missing")
+    add("--dry-run", action="store_true", help="train on a few batches and write every file, to look around")
+    add("--resume", action="store_true", help="go on from the checkpoint of an interrupted run")
+    add("--restart", action="store_true", help="begin anew over the checkpoint of an unfinished run")
+    add("--sample-only", action="store_true", help="draw the figures of a trained model, without training")
+    add("--model", type=Path, metavar="PATH", help="model.pt to draw from, with --sample-only")
+    add("--count", type=whole_number(1), metavar="N", help="number of images in the sample grid")
+    add("--variant", metavar="NAME", help="train a named variant")
+    add("--list-variants", action="store_true", help="list the variants and why they are there, and stop")
+    add(
+        "--ablation",
+        action="store_true",
+        help="train the default and every variant, or --variant; make a table",
+    )
+    add("--seeds", type=whole_number(1), metavar="N", help="train with N seeds from --seed on; make a table")
+    add("--held-out", action="store_true", help="evaluate on the last 10,000 training images, to choose by")
+
+
+def choose_options(parser, args, specs, variants):
+    """Choose the hyperparameters of the run; --list-variants prints and exits.
+
+    Returns:
+        The options (defaults, changed by the variant, changed by the flags), and the same without the flags.
+    """
+    for name, (_, changes) in variants.items():
+        for key, value in changes.items():
+            if key not in specs:
+                near = difflib.get_close_matches(key, specs, 1, cutoff=0)[0]
+                parser.error(f"the variant {name!r} sets {key!r}, which does not exist: is it {near!r}?")
+            try:
+                specs[key].check(value)
+            except ValueError as error:
+                parser.error(f"the variant {name!r}: {error}")
+    if args.list_variants:
+        width = max(map(len, variants), default=0)
+        for name, (reason, changes) in variants.items():
+            shown = ", ".join(f"{key}={value}" for key, value in changes.items())
+            machine.say(f"{name:{width}}  {reason} ({shown})")
+        parser.exit()
+    if args.variant is not None and args.variant not in variants:
+        near = difflib.get_close_matches(args.variant, variants, 1, cutoff=0) or ["none"]
+        parser.error(
+            f"unknown variant {args.variant!r}, the nearest is {near[0]!r}: --list-variants names them"
+        )
+    if args.minutes and args.num_epochs:
+        parser.error("--minutes is not allowed with --epochs")
+    preset = {name: each.default for name, each in specs.items()}
+    preset |= variants[args.variant][1] if args.variant else {}
+    flags = {name: getattr(args, name) for name in specs if getattr(args, name) is not None}
+    flags = {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
+    options = {**preset, **flags}
+    if args.dry_run:
+        preset["num_epochs"] = options["num_epochs"] = min(options["num_epochs"], DRY_RUN_EPOCHS)
+        args.minutes = None
+    return options, preset
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Folders
+
+
+def differences(args, options, preset, own_defaults):
+    """List how a run differs from the reported one, such as ["dropout=0.4", "seed=3"].
+
+    Args:
+        options, preset: hyperparameters of this run and of the reported one.
+        own_defaults: the defaults of the flags that only this step has.
+    """
+
+    def spell(value):
+        if isinstance(value, tuple):
+            return "-".join(map(spell, value))
+        return f"{value:g}" if isinstance(value, float) else str(value).lower()
+
+    flags = {**own_defaults, "seed": 0, "minutes": None, "dataset": DATASETS[0], "count": None}
+    changed = {name: value for name, value in options.items() if value != preset[name]}
+    changed |= {name: getattr(args, name) for name in flags if getattr(args, name) != flags[name]}
+    marks = [name for name in ("held_out", "dry_run", "sample_only") if getattr(args, name)]
+    return [f"{name.removeprefix('num_')}={spell(value)}" for name, value in changed.items()] + marks
+
+
+def default_folder(step, variant, parts):
+    """Return where a run writes without --out-dir.
+
+    Only the reported run, which has no differences (`parts`), writes into the committed folder. Any other run has a
+    folder of its own below runs/, which git ignores.
+    """
+    folder = ROOT / "results" / step
+    if variant:
+        folder = folder / "variants" / variant
+    return folder / "runs" / short_name(parts) if parts else folder
+
+
+def short_name(parts):
+    """Join the parts; cut a long name and end it in a hash of the whole."""
+    name = ",".join(parts)
+    if len(name) <= MAX_FOLDER_NAME:
+        return name
+    return name[: MAX_FOLDER_NAME - 9] + "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The main of all steps
+
+
+def main(
+    argv, *, script, description, step, training, train_and_evaluate, variants, network=None, sample=None,
+    conditional_step=None, several_processes=False, add_flags=None, draw_ablation=None, **ablation_options,
+):  # fmt: skip
+    """Run a step's command and return its exit code.
+
+    Args:
+        argv: list of flags; None for no flags.
+        script, description: `__file__` and `__doc__` of the step script.
+        step: name of the step and of its folder below results/; with --conditional it is `conditional_step`.
+        training, network: functions whose keyword-only arguments are the hyperparameters.
+        train_and_evaluate: called with (run, train_set, test_set); a set is (uint8 images, labels).
+        sample: called with (run, path of model.pt, test_set) for --sample-only.
+        variants: dict of name: (reason, changed hyperparameters).
+        add_flags: called with an argparse group, to add the flags that only this step has.
+        draw_ablation: called with (folder, folders of the runs by variant) after --ablation.
+        ablation_options: length, flags and left_out of `ablation.run_all`.
+    """
+    specs = hyperparameters(training) | (hyperparameters(network, "network") if network else {})
+    parser = make_parser(script, description, specs)
+    own = parser.add_argument_group("this step")
+    if conditional_step:
+        own.add_argument("--conditional", action="store_true", help="train the class-conditional network")
+    common = vars(parser.parse_args([]))
+    if add_flags:
+        add_flags(own)
+    own_defaults = {name: value for name, value in vars(parser.parse_args([])).items() if name not in common}
+
+    def work():
+        args = parser.parse_args(argv or [])
+        args.command = " ".join([Path(script).name, *(argv or [])])
+        options, preset = choose_options(parser, args, specs, variants)
+        name = conditional_step if conditional_step and args.conditional else step
+        parts = differences(args, options, preset, own_defaults)
+        if args.ablation or args.seeds:
+            if parallel.launched():
+                raise UserError(
+                    "several runs use all cores by themselves: start with python, not with torchrun"
+                )
+            folder = args.out_dir or _folder_of_several(name, args, parts)
+            given = _flags_of_each_run(argv or [])
+            folders = ablation.run_all(script, folder, args, variants, given, **ablation_options)
+            if args.ablation and draw_ablation:
+                draw_ablation(folder, folders)
+            return
+        run = Run(
+            name, args, options, args.out_dir or default_folder(name, args.variant, parts), several_processes
+        )
+        try:
+            _train_or_sample(run, parser, parts, own_defaults, train_and_evaluate, sample)
+        finally:
+            run.close()
+
+    return exit_code(work, Path(script).name)
+
+
+def _train_or_sample(run, parser, parts, own_flags, train_and_evaluate, sample):
+    args = run.args
+    machine.say(f"results go to {run.folder}")
+    train_set, test_set = load_data(args.data_dir, args.dataset, run.device, args.held_out)
+    if args.sample_only:
+        if not sample:
+            parser.error("--sample-only: there is nothing to draw")
+        # The seed, the number of images and the step's own flags choose what is drawn, not the network.
+        other = ("seed", "count", "sample_only", *own_flags)
+        trained = [part for part in parts if part.partition("=")[0] not in other]
+        default = default_folder(run.step, args.variant, trained) / "model.pt"
+        return sample(run, args.model or default, test_set)
+    try:
+        train_and_evaluate(run, run.limit(*train_set), test_set)
+    except ValueError as error:
+        if run.is_tracking:
+            raise
+        raise UserError(
+            f"{error} (--help lists the flags)"
+        ) from None  # a constructor refused a hyperparameter
+
+
+def _folder_of_several(step, args, parts):
+    """Return the folder of --ablation or --seeds. Variants that are asked for one by one share a folder."""
+    parts = [part for part in parts if part != "held_out"] if args.ablation else parts
+    if args.seeds:
+        parts = [*parts, f"seeds={args.seeds}"]
+    if args.ablation:
+        return default_folder(step, None, ["ablation", *parts] if parts or args.variant else [])
+    return default_folder(step, args.variant, parts)
+
+
+def _flags_of_each_run(argv):
+    """Return the command line without the flags that `ablation.run_all` sets for each run."""
+    parser = ArgumentParser(add_help=False)
+    for flag in ("--ablation", "--resume", "--restart"):
+        parser.add_argument(flag, action="store_true")
+    for flag in ("--seeds", "--seed", "--out-dir", "--variant"):
+        parser.add_argument(flag)
+    return parser.parse_known_args(argv)[1]
+
+
+def exit_code(work, name):
+    """Call `work()` and return the exit code of the process.
+
+    It is 0, 2 after a mistake of the user, 130 after Ctrl-C and 143 after SIGTERM.
+    """
+    machine.keep_freed_memory()
+    try:
+        work()
+    except UserError as error:
+        return _complain(name, str(error), 2)
+    except KeyboardInterrupt as stop:
+        code = 143 if isinstance(stop, Terminated) else 130
+        return _complain(name, "interrupted; --resume goes on from the checkpoint, if one was written", code)
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        return _complain(name, "there is too little memory: lower --batch-size", 2)
+    except SystemExit as end:  # of argparse
+        return end.code or 0
+    return 0
+
+
+def _complain(name, message, code):
+    machine.say(f"{name}: {' '.join(message.split())}", file=sys.stderr)
+    return code

@@ -1,0 +1,111 @@
+"""The machine: device, precision, memory, the hardware's name, and printing that never ends a run."""
+
+import ctypes
+import os
+import platform
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy
+import torch
+import torchvision
+
+from utils.files import UserError
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+
+def find_device(name):
+    """Return the torch.device of `--device`; 'auto' is CUDA where there is one, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available[name]:
+        raise UserError(
+            f"this machine has no {name} device that torch can use: --device auto takes what there is"
+        )
+    return torch.device(name)
+
+
+def has_bfloat16_units(device):
+    """Tell whether the device multiplies matrices faster in bfloat16 than in float32.
+
+    GPUs since Ampere do, and CPUs with AMX or AVX512-BF16.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch cannot tell
+    return device.type == "cpu" and any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
+
+
+def autocast(device, precision):
+    """Return the context in which convolutions run in bfloat16.
+
+    Args:
+        precision: 'bfloat16', 'float32', or 'auto' for bfloat16 where the hardware has units for it.
+    """
+    enabled = precision == "bfloat16" or (precision == "auto" and has_bfloat16_units(device))
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def keep_freed_memory():
+    """Make glibc keep freed memory for the next tensors.
+
+    By default glibc returns large blocks to the system, which clears every page again. On two cores a training
+    step of step 2 then takes up to twice as long.
+    """
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, TypeError, AttributeError):  # another C library
+        return
+    mallopt(mmap_threshold, 2**30)
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(top_pad, 2**28)
+
+
+def peak_memory():
+    """Return the largest resident memory of this process so far in MiB, or None where it is not known."""
+    if not resource:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def hardware(device):
+    """Return the GPU's name, or the CPU's name with the number of threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        cpu = platform.processor() or platform.machine()
+    count = torch.get_num_threads()
+    return f"{cpu}, {count} thread{'s' * (count > 1)}" if device.type == "cpu" else f"{device.type} on {cpu}"
+
+
+def versions():
+    """Return the versions of Python and the packages that results depend on."""
+    packages = (torch, torchvision, matplotlib, numpy)
+    return {
+        "python": platform.python_version(),
+        **{each.__name__: each.__version__ for each in packages},
+    }
+
+
+def say(*words, file=None):
+    """Print a line. A closed pipe, a full disk or an encoding that lacks a letter ends no run."""
+    stream = file or sys.stdout
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    line = " ".join(map(str, words)).encode(encoding, "backslashreplace").decode(encoding)
+    try:
+        print(line, file=stream, flush=True)
+    except OSError:  # from now on nothing is printed there, neither here nor when the interpreter ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    except ValueError:  # the stream is closed
+        pass

@@ -1,0 +1,251 @@
+"""Likelihoods, figures and final metrics of step 2."""
+
+import math
+from functools import partial
+
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from models.AR import ConditionalPixelCNN
+from utils import figures, files, metrics, parallel, plotting
+from utils.data import binarize
+
+NUM_CLASSES = 10
+NUM_PIXELS = 28 * 28
+HEADLINE = ("test_nll", "train_nll", "recognised")  # printed at the end
+COLUMNS = 10  # samples in a row of a figure
+NUM_PROBED = 1000  # test images over which the receptive field is measured
+PIXELS_A_FRAME = 14  # of drawing.gif
+ROWS_GIVEN = 14  # of the digits to be completed
+SEEN_FROM = (14, 3)  # row and column of the pixel whose receptive field is drawn
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Likelihoods
+
+
+def inputs(network, x, labels):
+    """Return the network's arguments: images x (N, 1, 28, 28), and one-hot labels if it is conditional."""
+    if isinstance(network, ConditionalPixelCNN):
+        return x, F.one_hot(labels, NUM_CLASSES).float()
+    return (x,)
+
+
+def binarize_test(images, how):
+    """Binarise uint8 test images. Stochastic pixels are the same at every call, so that epochs compare."""
+    return binarize(images, how, torch.Generator(images.device).manual_seed(0))
+
+
+@torch.no_grad()
+def pixel_nll(network, x, labels, batch_size=250):
+    """Return -log p(x_i | x_1, ..., x_{i-1}) of every pixel in nats, (N, 1, 28, 28), for images x in {0, 1}."""
+    nll = torch.empty_like(x)
+    for place, some, their_labels in zip(
+        nll.split(batch_size), x.split(batch_size), labels.split(batch_size)
+    ):
+        logits = network(*inputs(network, some, their_labels)).float()
+        place.copy_(F.binary_cross_entropy_with_logits(logits, some, reduction="none"))
+    return nll
+
+
+def evaluate(network, images, labels, how):
+    """Return the mean NLL of uint8 images in nats per image, in eval mode; torchrun's processes share the work."""
+    was_training = network.training
+    x, labels = parallel.shard(binarize_test(images, how), labels)
+    nats = pixel_nll(network.eval(), x, labels).sum().item()
+    network.train(was_training)
+    return parallel.total([nats], images.device)[0] / len(images)
+
+
+def bits_per_pixel(nll):
+    """Convert nats per image to bits per pixel."""
+    return nll / (NUM_PIXELS * math.log(2))
+
+
+def label_log_likelihoods(network, x):
+    """Return log p(x | y) for each label y, (N, 10) in nats.
+
+    With equally likely labels, the largest one belongs to the most likely label, by Bayes' rule.
+    """
+    return torch.stack(
+        [
+            -pixel_nll(network, x, torch.full((len(x),), label, device=x.device)).sum((1, 2, 3))
+            for label in tqdm(range(NUM_CLASSES), "Bayes' rule", unit="label", disable=None, leave=False)
+        ],
+        dim=1,
+    )
+
+
+def receptive_field(network, x, labels, pixel, batch_size=100):
+    """Return the mean over the images of |d logit / d x_j| for the logit of one pixel and every x_j, (28, 28).
+
+    It is zero where the prediction does not depend on x_j: for later pixels, and in the blind spot.
+    """
+    total = torch.zeros_like(x[0, 0])
+    for some, their_labels in zip(x.split(batch_size), labels.split(batch_size)):
+        some = some.clone().requires_grad_()
+        logits = network(*inputs(network, some, their_labels))
+        (gradient,) = torch.autograd.grad(logits[:, 0, pixel[0], pixel[1]].sum(), some)
+        total += gradient.abs().sum((0, 1))
+    return total / len(x)
+
+
+def sample_evenly(network, count, generator):
+    """Draw (count, 1, 28, 28) images; a conditional network is asked for the digits in turn."""
+    conditional = isinstance(network, ConditionalPixelCNN)
+    return network.sample(torch.arange(count) % NUM_CLASSES if conditional else count, generator)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Figures of samples
+
+
+def draw_losses(path, history, how):
+    """Draw the NLL over the epochs, and again from epoch 2 on, because the first values are so much higher."""
+    nll = {"training": history["train_nll"], "test": history["test_nll"]}
+    later = {name: [None, None, *values[2:]] for name, values in nll.items()}
+    unit = f"(nats per image, {how})"
+    panels = [
+        (f"negative log-likelihood\n{unit}", nll, {}),
+        (f"the same, from epoch 2 on\n{unit}", later, {}),
+    ]
+    plotting.save_curves(path, history["epoch"], panels)
+
+
+def draw_samples(run, network, test_set, unconditional=None):
+    """Draw the figures that need samples.
+
+    Args:
+        unconditional: network whose samples comparison.png shows beside a conditional one's, or None.
+    """
+    images, labels = test_set
+    conditional = isinstance(network, ConditionalPixelCNN)
+    noise = torch.Generator().manual_seed(run.args.seed)
+    count = run.args.count or 10 * COLUMNS
+    digits = torch.arange(NUM_CLASSES).repeat_interleave(COLUMNS)
+    samples = network.sample(digits if conditional else count, noise)
+    names = [str(label) for label in range(NUM_CLASSES)]
+    run.draw("samples.png", plotting.save_images, samples, COLUMNS, names if conditional else ())
+    real = binarize_test(images, run.options["binarize"])
+    run.draw("completions.png", draw_completions, network, real, labels, noise)
+    run.draw("drawing.gif", draw_drawing, network, samples[:: max(1, len(samples) // COLUMNS)][:COLUMNS])
+    if not conditional:
+        return
+    chosen = network.sample(torch.full((count,), run.args.digit), noise)
+    title = f"samples of the digit {run.args.digit}"
+    run.draw("samples_digit.png", plotting.save_images, chosen, COLUMNS, title=title)
+    grids = {"real": real[: len(digits)]}
+    if unconditional is not None:
+        grids["unconditional"] = unconditional.sample(len(digits), noise)
+    grids["class-conditional"] = samples[torch.randperm(len(samples), generator=noise)]
+    run.draw("comparison.png", plotting.save_side_by_side, grids, COLUMNS)
+
+
+@torch.no_grad()
+def draw_drawing(path, network, samples):
+    """Draw how samples appear pixel by pixel, beside the probability of a white pixel that the network predicted.
+
+    Of a conditional network, sample number i shows the digit i.
+    """
+    logits = network(*inputs(network, samples, torch.arange(len(samples), device=samples.device)))
+    panels = {"drawn": samples, "predicted": logits.float().sigmoid()}
+    order = torch.arange(NUM_PIXELS).reshape(28, 28)
+    known = [order < count for count in range(0, NUM_PIXELS + 1, PIXELS_A_FRAME)]
+    frames = {
+        title: torch.stack([images.cpu().masked_fill(~mask, math.nan) for mask in known])
+        for title, images in panels.items()
+    }
+    figures.save_gif(path, frames, columns=5)
+
+
+def draw_completions(path, network, real, labels, noise):
+    """Draw the first test digit of each class, its upper half, and ten completions of the half by the network."""
+    conditional = isinstance(network, ConditionalPixelCNN)
+    first = [(labels == label).nonzero()[0].item() for label in labels.unique()]
+    originals = real[first]
+    repeated = originals.repeat_interleave(COLUMNS, 0)
+    whose = labels[first].repeat_interleave(COLUMNS) if conditional else len(repeated)
+    completed = network.sample(whose, noise, given=repeated[:, :, :ROWS_GIVEN])
+    halves = originals.clone()
+    halves[:, :, ROWS_GIVEN:] = 0.5
+    rows = torch.cat([originals[:, None], halves[:, None], completed.unflatten(0, (-1, COLUMNS))], 1)
+    plotting.save_images(path, rows.flatten(0, 1), COLUMNS + 2)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Metrics, and the figures that they are drawn from
+
+
+def write_metrics(run, network, train_set, test_set):
+    """Write metrics.json, in single precision unless an entry says otherwise, and draw the figures that go with it."""
+    conditional = isinstance(network, ConditionalPixelCNN)
+    how, (images, labels) = run.options["binarize"], test_set
+    protocol = dict(binarization=how, train_images=len(train_set[0]), test_images=len(images))
+    x = binarize_test(images, how)
+    nll = pixel_nll(network, x, labels)
+    run.draw("nll_map.png", plotting.save_map, nll.mean((0, 1)), f"NLL (nats, {how})")
+    run.draw("nll_digits.png", draw_nll_digits, nll, labels, how)
+    probed = x[:NUM_PROBED], labels[:NUM_PROBED]
+    run.draw("receptive_field.png", draw_receptive_field, network, *probed)
+
+    some_training_images = [each[: len(images)] for each in train_set]
+    given = "x_1, ..., x_{i-1}" + (", y" if conditional else "")
+    formula, unit = f"-sum_i log p(x_i | {given}), mean over images", "nats per image"
+    test_nll, train_nll = nll.sum().item() / len(x), evaluate(network, *some_training_images, how)
+    bits, over = bits_per_pixel(test_nll), f"first {len(images)} training images"
+    results = dict(
+        test_nll=files.metric(test_nll, unit, formula, **protocol),
+        test_bits=files.metric(bits, "bits per pixel", "test_nll / (784 log 2)", **protocol),
+        train_nll=files.metric(train_nll, unit, formula, over=over, **protocol),
+    )
+    if conditional:
+        results |= label_metrics(run, network, x, labels, protocol)
+    samples, quality = metrics.judge_sampler(run, partial(sample_evenly, network), how)
+    results |= quality
+    if conditional and metrics.load_classifier(dataset=run.args.dataset):
+        seen = metrics.classify(samples, run.args.dataset)
+        recognised = seen == torch.arange(len(samples)) % NUM_CLASSES
+        results["recognised"] = files.metric(
+            recognised.double().mean().item(),
+            "share of samples",
+            "the digit classifier sees the digit that was asked for",
+            samples=len(samples),
+        )
+    run.finish(HEADLINE, **results)
+
+
+def label_metrics(run, network, x, labels, protocol):
+    """Return the metrics of a conditional network as a classifier and as a mixture over labels; draw bayes.png."""
+    with run.autocast(run.options["precision"]):
+        log_likelihoods = label_log_likelihoods(network, x)
+    guesses = log_likelihoods.argmax(1)
+    run.draw("bayes.png", plotting.save_confusion, labels, guesses, "label with the highest log p(x|y)")
+    accuracy = (guesses == labels).float().mean().item()
+    mixture_nll = math.log(NUM_CLASSES) - log_likelihoods.logsumexp(1).mean().item()
+    precision = "in the precision of the training"
+    return dict(
+        bayes_accuracy=files.metric(
+            accuracy, "share of test images", f"argmax_y log p(x | y) is the label; {precision}", **protocol
+        ),
+        mixture_nll=files.metric(
+            mixture_nll,
+            "nats per image",
+            f"-log 1/10 sum_y p(x | y), which is told no label, mean over images; {precision}",
+            **protocol,
+        ),
+    )
+
+
+def draw_nll_digits(path, nll, labels, how):
+    """Draw the mean NLL of each digit; nll is (N, 1, 28, 28)."""
+    nats = [
+        nll[labels == label].sum().item() / max(1, (labels == label).sum().item())
+        for label in range(NUM_CLASSES)
+    ]
+    plotting.save_bars(path, range(NUM_CLASSES), nats, "digit", f"test NLL\n(nats per image, {how})")
+
+
+def draw_receptive_field(path, network, x, labels):
+    """Draw how much the prediction of the pixel SEEN_FROM depends on every other pixel."""
+    plotting.save_receptive_field(path, receptive_field(network, x, labels, SEEN_FROM), SEEN_FROM)

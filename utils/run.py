@@ -1,0 +1,342 @@
+"""A training run: its epochs and batches, what it records, its checkpoint and its folder."""
+
+import math
+import os
+import signal
+import sys
+import threading
+import time
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+from tqdm import tqdm
+
+from utils import checkpoint, files, machine, parallel
+from utils.data import batches
+from utils.files import UserError
+
+DRY_RUN_BATCHES = 3
+
+
+class Terminated(KeyboardInterrupt):
+    """The system asked the training to end, with SIGTERM; its checkpoint is saved."""
+
+
+class Run:
+    """A training run of one step.
+
+    Args:
+        step: name of the step.
+        args: the command line, with seed, device, minutes, resume and the other flags of `utils.cli`.
+        options: dict of all hyperparameters.
+        folder: Path of everything that the run writes.
+        several_processes: whether the step can be trained by the processes of torchrun.
+
+    Attributes:
+        device: torch.device of the training.
+        iteration: number of the batch under way, from 1, counted over all epochs; 0 before the first one.
+        is_tracking: whether `track` has been called, so that files may have been written.
+        history: dict of columns, the content of losses.csv.
+        snapshots: dict of uint8 images by epoch, kept in the checkpoint.
+    """
+
+    def __init__(self, step, args, options, folder, several_processes=False):
+        self.step, self.args, self.options, self.folder = step, args, options, folder
+        self.device = machine.find_device(args.device)
+        if parallel.launched():
+            if not several_processes or args.minutes:
+                raise UserError("this trains in one process alone: start it with python, not with torchrun")
+            self.device = parallel.join(self.device)
+        self.iteration = self.images_seen = 0
+        self.is_tracking = False
+        self.history, self.snapshots = {}, {}
+        # Finished epochs, finished batches of the epoch under way, and images of the batch under way.
+        self._epoch = self._batch = self._batch_images = 0
+        self._sums, self._tracked, self._bar, self._lock, self._signal = {}, {}, None, None, None
+        self._seconds, self._started = 0.0, time.perf_counter()
+        torch.manual_seed(args.seed)
+
+    def limit(self, *tensors):
+        """Return the tensors, or in a dry run only the first batches of them."""
+        count = DRY_RUN_BATCHES * self.options["batch_size"]
+        return tuple(each[:count] if self.args.dry_run else each for each in tensors)
+
+    def autocast(self, precision="auto"):
+        """Return the context in which convolutions run in bfloat16; see `machine.autocast`."""
+        return machine.autocast(self.device, precision)
+
+    # -----------------------------------------------------------------------------------------------------
+    # The training loop
+
+    def track(self, **tracked):
+        """Name everything that training changes, so that checkpoints hold it; with --resume restore it now.
+
+        Args:
+            tracked: objects with state_dict and load_state_dict: networks, optimisers, schedules.
+        """
+        self._tracked = tracked
+        path = self.folder / "checkpoint.pt"
+        if self.args.resume and not os.path.isfile(path):
+            raise UserError(f"there is no checkpoint at {path}: train without --resume")
+        self.is_tracking = True
+        files.make_folder(self.folder)
+        if parallel.is_first():
+            self._lock = files.lock(self.folder)
+        if self.args.resume:
+            self._restore(path)
+        elif path.exists() and not (
+            self.args.restart or self.args.dry_run or checkpoint.is_finished(self.folder)
+        ):
+            raise UserError(
+                f"{self.folder} holds an unfinished run: --resume goes on with it, --restart begins anew over it"
+            )
+        self._started = time.perf_counter()
+        if parallel.is_first():
+            files.write_json(self.folder / "config.json", self._config())
+        if not self.args.resume:
+            self._save()
+
+    def epochs(self, num_epochs):
+        """Yield the numbers of the epochs that are still to do, from 1; save a checkpoint after each.
+
+        With --minutes, yield epochs until the time is over. `batches` then cuts the last one short.
+        """
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        caught = (signal.SIGINT, signal.SIGTERM) if in_main_thread else ()
+        previous = {each: signal.signal(each, self._on_signal) for each in caught}
+        try:
+            while self.fraction_done(self._epoch / num_epochs) < 1:
+                yield self._epoch + 1
+                self._epoch, self._batch = self._epoch + 1, 0
+                self._save()
+                self._stop_if_asked()
+        finally:
+            for each, handler in previous.items():
+                signal.signal(each, handler)
+
+    def batches(self, *tensors, batch_size):
+        """Yield the shuffled batches of an epoch, with a progress bar.
+
+        The order depends on the seed and the epoch alone, so that a resumed epoch can skip the batches it has done.
+        After Ctrl-C, finish the batch, save a checkpoint and stop.
+        """
+        order = torch.Generator().manual_seed((self.args.seed * 100_003 + self._epoch) % 2**63)
+        loader = batches(*tensors, batch_size=batch_size, generator=order)
+        silent = None if parallel.is_first() else True
+        with tqdm(
+            loader, self._title(self._epoch + 1), unit="batch", disable=silent, leave=False
+        ) as self._bar:
+            for index, batch in enumerate(self._bar):
+                if index < self._batch:
+                    continue
+                self.iteration = self._epoch * len(loader) + index + 1
+                self._batch_images = len(batch[0])
+                yield batch
+                self._batch = index + 1
+                self._stop_if_asked(save=True)
+                if self.args.minutes and self.fraction_done() >= 1:
+                    break
+
+    def fraction_done(self, fraction_of_steps=0.0):
+        """Return how much of the training is done, from 0 to 1: of its steps, or of its time with --minutes."""
+        minutes = self.args.minutes
+        return min(1, self._elapsed() / (60 * minutes) if minutes else fraction_of_steps)
+
+    def record(self, keep=False, **losses):
+        """Take the mean losses of the batch under way into the means of the epoch.
+
+        The values leave the device once. With several processes they are averaged over these.
+
+        Args:
+            keep: also make a row of losses.csv from this batch.
+            losses: scalar tensors; None stands for a loss that this batch does not have.
+
+        Raises:
+            UserError: a loss is not finite. The checkpoint stays the last good one.
+        """
+        known = {name: value for name, value in losses.items() if value is not None}
+        values = torch.stack([*known.values()]).tolist()
+        if parallel.num_processes() > 1:
+            values = [value / parallel.num_processes() for value in parallel.total(values, self.device)]
+        known = dict(zip(known, values))
+        self._require_finite(known, f"in epoch {self._epoch + 1}, batch {self._batch + 1}")
+        self.images_seen += self._batch_images
+        for name, value in known.items():
+            total, seen = self._sums.get(name, (0.0, 0))
+            self._sums[name] = (total + value * self._batch_images, seen + self._batch_images)
+        self._bar.set_postfix({name: f"{value:.3f}" for name, value in known.items()}, refresh=False)
+        if keep:
+            row = {name: known.get(name) for name in losses}
+            self.log(iteration=self.iteration, epoch=self._epoch + 1, **row)
+
+    def means(self):
+        """Return the means of the recorded losses over the images of the epoch, and start new ones.
+
+        A short last batch counts for its size.
+        """
+        means = {name: total / seen for name, (total, seen) in self._sums.items()}
+        self._sums = {}
+        return means
+
+    def log(self, **row):
+        """Add a row to losses.csv. All rows have the same columns; None leaves a cell empty."""
+        known = {name: value for name, value in row.items() if value is not None}
+        self._require_finite(known, f"in the evaluation after epoch {row.get('epoch', self._epoch)}")
+        for name, value in row.items():
+            self.history.setdefault(name, []).append(value)
+
+    def snapshot(self, epoch, images):
+        """Keep images in [0, 1] after this epoch: after each of the first epochs and after some 16 later ones."""
+        num_epochs = self.options["num_epochs"]
+        if epoch <= 6 or epoch % math.ceil(num_epochs / 16) == 0 or epoch == num_epochs:
+            self.snapshots[epoch] = (images * 255).to(torch.uint8).cpu()
+
+    def print_epoch(self, epoch, *remarks, **values):
+        """Print one line about an epoch: its values, then remarks."""
+        shown = [f"{name} {value:.4g}" for name, value in values.items() if value is not None]
+        self.say("  ".join([self._title(epoch), *shown, f"{self._elapsed():.0f} s", *remarks]))
+
+    def say(self, *words):
+        """Print a line; see `machine.say`."""
+        machine.say(*words)
+
+    # -----------------------------------------------------------------------------------------------------
+    # Results
+
+    def save_model(self, network, **arguments):
+        """Write model.pt: the weights of the network and the arguments that rebuild it."""
+        files.save_model(self.folder / "model.pt", self.step, network, arguments)
+        self.say("wrote model.pt")
+
+    def draw(self, name, function, *arguments, **options):
+        """Draw the figure `name` with `function(path, ...)`, and print its name first, so that no wait is silent."""
+        self.say(f"drawing {name}")
+        function(self.folder / name, *arguments, **options)
+
+    def finish(self, headline=(), **metrics):
+        """Write losses.csv, and metrics.json with time, speed and memory of the training beside the metrics.
+
+        Args:
+            headline: names of metrics to print, beside those of the step's reported run.
+        """
+        hardware = machine.hardware(self.device)
+        files.write_csv(self.folder / "losses.csv", self.history)
+        what = "training and the evaluation after each epoch"
+        metrics["wall_time"] = files.metric(self._seconds, "seconds", what, hardware=hardware)
+        speed, memory = self.images_seen / self._seconds, machine.peak_memory()
+        metrics["speed"] = files.metric(speed, "training images per second", "images seen / wall time")
+        what = "largest resident memory of the process"
+        metrics["peak_memory"] = files.metric(memory, "MiB", what, hardware=hardware)
+        files.write_json(self.folder / "metrics.json", metrics)
+        reported = checkpoint.read_metrics(files.ROOT / "results" / self.step)
+        for name in (each for each in headline if each in metrics):
+            beside = f" (reported: {reported[name]['value']:.4g})" if name in reported else ""
+            self.say(f"{name} {metrics[name]['value']:.4g} {metrics[name]['unit']}{beside}")
+        self.say(f"results in {self.folder}")
+
+    def close(self):
+        """End the lock on the folder."""
+        if self._lock:
+            self._lock.close()
+
+    # -----------------------------------------------------------------------------------------------------
+    # Checkpoints
+
+    def _config(self):
+        return {
+            "step": self.step,
+            "variant": self.args.variant or "default",
+            "dry_run": self.args.dry_run,
+            "evaluated_on": "last 10,000 training images" if self.args.held_out else "test images",
+            "dataset": self.args.dataset,
+            "seed": self.args.seed,
+            "minutes": self.args.minutes,
+            "processes": parallel.num_processes(),
+            "device": str(self.device),
+            "hardware": machine.hardware(self.device),
+            "bfloat16_units": machine.has_bfloat16_units(self.device),
+            "command": self.args.command,
+            "hyperparameters": self.options,
+            "versions": machine.versions(),
+        }
+
+    def _identity(self):
+        """Return what a checkpoint must share with the run that resumes it."""
+        flags = {
+            key: getattr(self.args, key) for key in ("seed", "minutes", "dry_run", "held_out", "dataset")
+        }
+        return {**self.options, **flags}
+
+    def _save(self):
+        tracked = {name: each.state_dict() for name, each in self._tracked.items()}
+        if not files.all_finite(tracked):
+            raise UserError(
+                f"the last update of epoch {self._epoch + (self._batch > 0)} gave numbers that are not finite: the "
+                "checkpoint before it is kept; lower the learning rate or choose another --seed"
+            )
+        self._seconds, self._started = self._elapsed(), time.perf_counter()
+        if not parallel.is_first():
+            return
+        content = {
+            "step": self.step,
+            "version": checkpoint.VERSION,
+            "identity": self._identity(),
+            "position": (self._epoch, self._batch, self.images_seen, self._seconds),
+            "sums": self._sums,
+            "history": self.history,
+            "snapshots": self.snapshots,
+            "random": checkpoint.random_states(self.device),
+            "tracked": tracked,
+        }
+        files.save_tensors(self.folder / "checkpoint.pt", content)
+        files.write_csv(self.folder / "losses.csv", self.history)
+
+    def _restore(self, path):
+        content = files.load_tensors(path, (self.step,), "checkpoint")
+        if content.get("version") != checkpoint.VERSION:
+            raise UserError(f"{path} is of another version of this script: begin anew with --restart")
+        has_schedule = any(isinstance(each, LRScheduler) for each in self._tracked.values())
+        try:
+            checkpoint.require_same(content["identity"], self._identity(), path, has_schedule)
+            if not files.all_finite(content["tracked"]):
+                raise UserError(f"{path} holds numbers that are not finite: begin anew with --restart")
+            for name, each in self._tracked.items():
+                each.load_state_dict(content["tracked"][name])
+            self._epoch, self._batch, self.images_seen, self._seconds = content["position"]
+            self._sums, self.history = content["sums"], content["history"]
+            self.snapshots = content["snapshots"]
+            checkpoint.set_random_states(content["random"], self.device)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
+            raise UserError(
+                f"{path} does not fit this version of the script: begin anew with --restart"
+            ) from None
+        self.iteration = self._epoch + self._batch  # above 0 once the training has begun; `batches` sets it
+
+    def _require_finite(self, values, where):
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise UserError(
+                    f"{name} became {value} {where}: the checkpoint before it is kept; lower the learning rate or "
+                    "choose another --seed"
+                )
+
+    def _elapsed(self):
+        """Return the seconds of training so far, over all resumptions."""
+        return self._seconds + time.perf_counter() - self._started
+
+    def _title(self, epoch):
+        return f"epoch {epoch}" if self.args.minutes else f"epoch {epoch}/{self.options['num_epochs']}"
+
+    def _on_signal(self, number, _):
+        self._signal = number
+        # torchrun passes on the Ctrl-C that its processes have had from the terminal already.
+        again = signal.SIG_IGN if parallel.launched() else signal.default_int_handler
+        signal.signal(signal.SIGINT, again)
+        machine.say("\nstopping after this batch; Ctrl-C again stops at once", file=sys.stderr)
+
+    def _stop_if_asked(self, save=False):
+        """Stop after a signal to any of the processes, all of them after the same batch."""
+        if any(parallel.total([float(self._signal or 0)], self.device)):
+            if save:
+                self._save()
+            raise Terminated if self._signal == signal.SIGTERM else KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""What figures are made of: their look, their files (PNG, PDF, GIF) and grids of images.
+"""The parts of every figure: its look, its files (PNG, PDF, GIF) and grids of images.
 
 Every figure is drawn with matplotlib's defaults and STYLE. The user's own settings change no figure, and drawing
 changes none of these settings: pyplot is not imported, and no backend is chosen.
@@ -6,7 +6,6 @@ changes none of these settings: pyplot is not imported, and no backend is chosen
 
 import contextlib
 import io
-import itertools
 import threading
 from pathlib import Path
 
@@ -106,11 +105,10 @@ def draw_images(images, columns, row_labels=(), title="", scale=0.3, axis=None, 
     axis.spines[:].set_visible(False)
     axis.tick_params(length=0, labeltop=True, labelbottom=False)
     axis.set_yticks([(row + 0.5) * height for row in range(len(row_labels))], row_labels)
-    groups = [
-        [*group] for _, group in itertools.groupby(range(len(column_labels)), column_labels.__getitem__)
-    ]
-    centres = [(group[0] + group[-1] + 1) / 2 * width for group in groups]
-    axis.set_xticks(centres, [column_labels[group[0]] for group in groups])
+    starts = [at for at, label in enumerate(column_labels) if at == 0 or label != column_labels[at - 1]]
+    ends = [*starts[1:], len(column_labels)]
+    centres = [(start + end) / 2 * width for start, end in zip(starts, ends)]
+    axis.set_xticks(centres, [column_labels[start] for start in starts])
     axis.set_title(title)
     for index in marked:
         corner = index % columns * width + 0.5, index // columns * height + 0.5
@@ -137,7 +135,7 @@ def save_gif(path, frames, columns=10, captions=(), scale=2, duration=150, hold=
     A file of more than GIF_LIMIT bytes is written again with fewer greys or, if that is not enough, smaller.
 
     Args:
-        frames: (F, N, 1, H, W) in [0, 1], N images for each of F frames; NaN becomes light blue. A dict of
+        frames: (F, N, 1, H, W) in [0, 1], N images for each of F frames. NaN becomes light blue. A dict of
             these tensors gives grids beside one another, with the keys as titles.
         columns: images in a row of a grid.
         captions: a text for each frame, above the grids.

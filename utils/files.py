@@ -23,20 +23,22 @@ except ImportError:  # every other system
     msvcrt = None
 
 ROOT = Path(__file__).resolve().parent.parent
-
-# Exceptions that torch.load and zipfile raise for a file that is damaged or of another kind.
-DAMAGED = (
-    zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AttributeError,
-    TypeError, NotImplementedError, zlib.error,
-)  # fmt: skip
+# What zipfile, pickle and torch raise for a damaged file, with their subclasses.
+DAMAGED = (zipfile.BadZipFile, pickle.UnpicklingError, zlib.error, ArithmeticError, AttributeError, EOFError,
+           LookupError, RuntimeError, TypeError, ValueError)  # fmt: skip
 
 
 class UserError(Exception):
     """A mistake that the user can mend. It is printed in one line, and the exit code is 2."""
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Writing
+@contextlib.contextmanager
+def _writing(problem):
+    """Turn an OSError into a UserError that names the problem."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{problem} ({error.strerror}): name another --out-dir") from None
 
 
 def make_folder(folder):
@@ -45,25 +47,20 @@ def make_folder(folder):
     Raises:
         UserError: the folder cannot be made.
     """
-    try:
+    with _writing(f"the folder {folder} cannot be made"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"the folder {folder} cannot be made ({error.strerror}): name another --out-dir"
-        ) from None
 
 
 def write_atomically(path, content):
     """Write bytes by way of a temporary file, so that `path` is always the whole old or the whole new file."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}): name another --out-dir") from None
+        with _writing(f"{path} cannot be written"):
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):  # the file was renamed, or the disk is read-only
             temporary.unlink()
@@ -110,12 +107,8 @@ def lock(folder):
     Raises:
         UserError: another run holds the lock, or the folder cannot be written into.
     """
-    try:
+    with _writing(f"{folder} cannot be written into"):
         file = open(folder / ".lock", "a")
-    except OSError as error:
-        raise UserError(
-            f"{folder} cannot be written into ({error.strerror}): name another --out-dir"
-        ) from None
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -129,10 +122,6 @@ def lock(folder):
                 f"another run writes into {folder}: wait for it, or name another --out-dir"
             ) from None
     return file
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Tensors
 
 
 def save_tensors(path, content):

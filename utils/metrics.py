@@ -139,12 +139,12 @@ def compare(samples, real, sigma_images, classifier=None):
     )
     if classifier is None:
         return parzen
-    sample_features, probabilities = _features(samples, classifier)
+    sample_features, of_class = _features(samples, classifier)
     real_features, _ = _features(real, classifier)
-    shares = digit_shares(probabilities.argmax(1))
+    shares = digit_shares(of_class.argmax(1))
     return dict(
         frechet_distance=frechet_distance(sample_features, real_features),
-        classifier_score=classifier_score(probabilities),
+        classifier_score=classifier_score(of_class),
         largest_share=shares.max().item(),
         smallest_share=shares.min().item(),
         share_distance=(shares - 1 / NUM_CLASSES).abs().sum().item() / 2,
@@ -172,10 +172,15 @@ def load_classifier(device="cpu", dataset="MNIST"):
     return files.load_network(path, (CLASSIFIER_STEP,), Classifier, device)
 
 
+def probabilities(images, dataset="MNIST"):
+    """Return the classifier's probability of each class for images (N, 1, 28, 28) in [0, 1]: (N, 10)."""
+    images = images.cpu()  # in double precision, which not every accelerator has
+    return _features(images, load_classifier(images.device, dataset))[1]
+
+
 def classify(images, dataset="MNIST"):
     """Return the class that the classifier sees in each image (N, 1, 28, 28) in [0, 1]: (N,) integers."""
-    images = images.cpu()  # in double precision, which not every accelerator has
-    return _features(images, load_classifier(images.device, dataset))[1].argmax(1)
+    return probabilities(images, dataset).argmax(1)
 
 
 @torch.no_grad()

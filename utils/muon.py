@@ -10,14 +10,15 @@ ITERATIONS = 5
 class Muon(torch.optim.Optimizer):
     """Orthogonalise the updates of the kernels; leave the other parameters to Adam.
 
-    Adam gives the single weights updates of similar size. Muon gives the singular values of a kernel's update a
-    similar size, so that a few directions do not dominate it (Jordan et al. 2024,
-    https://kellerjordan.github.io/posts/muon/). torch.optim.Muon takes matrices only, and no kernels of convolutions.
+    Adam gives all weights updates of similar size. Muon gives all singular values of a kernel's update a
+    similar size (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/). So no few directions
+    dominate the update. torch.optim.Muon takes matrices only, not the kernels of convolutions.
 
     Both learning rates are in `param_groups`, so that one schedule scales both.
 
     Args:
-        kernels: weights (out_channels, in_channels, height, width). Each counts as a matrix with `out_channels` rows.
+        kernels: weights (out_channels, in_channels, height, width). Each counts as a matrix with
+            `out_channels` rows.
         others: the other parameters.
         muon_rate: learning rate of the kernels. None gives them to Adam, too.
         learning_rate: learning rate of Adam, whose betas are 0.9 and 0.99.
@@ -62,9 +63,9 @@ class Muon(torch.optim.Optimizer):
 def orthogonalise(matrix):
     """Return nearly U V^T for a matrix U S V^T of any scale.
 
-    The singular values become 0.7 to 1.2; those below some thousandths of the matrix's norm stay smaller. Each
-    Newton-Schulz iteration multiplies the matrix by a polynomial in the small product X X^T. So the iterations work
-    on that product, (rows, rows), and the matrix is multiplied once at the end.
+    The singular values become 0.7 to 1.2; those below some thousandths of the matrix's norm stay smaller.
+    Each Newton-Schulz iteration multiplies the matrix by a polynomial in the small product X X^T. So the
+    iterations work on that product, (rows, rows), and the matrix is multiplied once at the end.
     """
     a, b, c = COEFFICIENTS
     matrix = matrix / matrix.norm().clamp(min=1e-7)

@@ -15,6 +15,8 @@ NUM_CLASSES = 10
 NUM_PIXELS = 28 * 28
 HEADLINE = ("test_nll", "train_nll", "recognised")  # printed at the end
 COLUMNS = 10  # samples in a row of a figure
+NUM_COMPARED = 49  # images of each kind in comparison.png
+SURE = 0.9  # smallest probability of its class that leaves an image there without a frame
 NUM_PROBED = 1000  # test images over which the receptive field is measured
 PIXELS_A_FRAME = 14  # of drawing.gif
 ROWS_GIVEN = 14  # of the digits to be completed
@@ -102,15 +104,14 @@ def sample_evenly(network, count, generator):
 
 
 def draw_losses(path, history, how):
-    """Draw the NLL over the epochs, and again from epoch 2 on, because the first values are so much higher."""
-    nll = {"training": history["train_nll"], "test": history["test_nll"]}
-    later = {name: [None, None, *values[2:]] for name, values in nll.items()}
-    unit = f"(nats per image, {how})"
-    panels = [
-        (f"negative log-likelihood\n{unit}", nll, {}),
-        (f"the same, from epoch 2 on\n{unit}", later, {}),
-    ]
-    plotting.save_curves(path, history["epoch"], panels)
+    """Draw the NLL over the epochs. The much higher value before the training stands in the legend."""
+    before = history["test_nll"][0]
+    curves = {
+        "training images, during the epoch": history["train_nll"],
+        f"test images ({before:.0f} before the training)": [None, *history["test_nll"][1:]],
+    }
+    panel = (f"NLL (nats per image, {how} pixels)", curves, {})
+    plotting.save_curves(path, history["epoch"], [panel])
 
 
 def draw_samples(run, network, test_set, unconditional=None):
@@ -135,11 +136,12 @@ def draw_samples(run, network, test_set, unconditional=None):
     chosen = network.sample(torch.full((count,), run.args.digit), noise)
     title = f"samples of the digit {run.args.digit}"
     run.draw("samples_digit.png", plotting.save_images, chosen, COLUMNS, title=title)
-    grids = {"real": real[: len(digits)]}
+    grids = {"real": real[:NUM_COMPARED]}
     if unconditional is not None:
-        grids["unconditional"] = unconditional.sample(len(digits), noise)
-    grids["class-conditional"] = samples[torch.randperm(len(samples), generator=noise)]
-    run.draw("comparison.png", plotting.save_side_by_side, grids, COLUMNS)
+        grids["unconditional"] = unconditional.sample(NUM_COMPARED, noise)
+    order = torch.randperm(len(samples), generator=noise)
+    grids["class-conditional"] = samples[order][:NUM_COMPARED]
+    run.draw("comparison.png", draw_comparison, grids, run.args.dataset)
 
 
 @torch.no_grad()
@@ -149,7 +151,7 @@ def draw_drawing(path, network, samples):
     Of a conditional network, sample number i shows the digit i.
     """
     logits = network(*inputs(network, samples, torch.arange(len(samples), device=samples.device)))
-    panels = {"drawn": samples, "predicted": logits.float().sigmoid()}
+    panels = {"pixels drawn": samples, "predicted probability of white": logits.float().sigmoid()}
     order = torch.arange(NUM_PIXELS).reshape(28, 28)
     known = [order < count for count in range(0, NUM_PIXELS + 1, PIXELS_A_FRAME)]
     frames = {
@@ -157,6 +159,16 @@ def draw_drawing(path, network, samples):
         for title, images in panels.items()
     }
     figures.save_gif(path, frames, columns=5)
+
+
+def draw_comparison(path, grids, dataset):
+    """Draw grids of images by title. A frame marks images of which the classifier is not sure."""
+    marked = {}
+    if metrics.load_classifier(dataset=dataset):
+        for title, images in grids.items():
+            sureness = metrics.probabilities(images, dataset).max(1).values
+            marked[title] = (sureness < SURE).nonzero().flatten().tolist()
+    plotting.save_side_by_side(path, grids, math.isqrt(NUM_COMPARED), marked)
 
 
 def draw_completions(path, network, real, labels, noise):
@@ -170,7 +182,9 @@ def draw_completions(path, network, real, labels, noise):
     halves = originals.clone()
     halves[:, :, ROWS_GIVEN:] = 0.5
     rows = torch.cat([originals[:, None], halves[:, None], completed.unflatten(0, (-1, COLUMNS))], 1)
-    plotting.save_images(path, rows.flatten(0, 1), COLUMNS + 2)
+    names = [str(label) for label in labels[first].tolist()]
+    headings = ["original", "given", *["completions"] * COLUMNS]
+    plotting.save_images(path, rows.flatten(0, 1), COLUMNS + 2, names, scale=0.48, column_labels=headings)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def save_strips(path, strips, xlabel, ylim, smooth=400):
     Args:
         strips: list of (name, x, curves, images). `curves` maps labels to values; all runs have the same labels.
         ylim: limits of the vertical axis, for all runs.
-        smooth: width of the running mean.
+        smooth: number of points of x that a running mean covers.
     """
     size = WIDTH, min(0.6 * len(strips), 8.6) + 0.7  # all strips fit on a page
     with new_figure(path, *size, len(strips), 2, squeeze=False, width_ratios=[1, 3]) as (figure, axes):
@@ -64,9 +64,8 @@ def save_strips(path, strips, xlabel, ylim, smooth=400):
         longest = max(x[-1] for _, x, _, _ in strips)
         for (left, right), (name, x, curves, images) in zip(axes, strips):
             for color, (label, values) in zip(COLORS, curves.items()):
-                width = min(smooth, len(values))
-                means = np.convolve(values, np.ones(width) / width, mode="valid")
-                left.plot(x[width - 1 :], means, color=color, linewidth=1, label=label, rasterized=True)
+                means = _running_means(x, values, smooth)
+                left.plot(*means, color=color, linewidth=1, label=label, rasterized=True)
             left.set(xlim=(0, longest), ylim=ylim, yticks=ylim)
             left.tick_params(labelsize=6, length=2, pad=1, labelbottom=False)
             left.set_ylabel(name, rotation=0, ha="right", va="center", fontsize="small", labelpad=2)
@@ -110,6 +109,7 @@ def save_territories(path, images, side, digits, title=""):
         images: (side * side, 1, H, W) in [0, 1], as in `draw_latent_plane`.
         digits: (R, R) integers, the digit at each of R x R points of the same plane, the top row first.
     """
+    digits = digits.cpu()
     figure = draw_latent_plane(1 - images, side)
     axis = figure.axes[0]
     axis.set_title(title)
@@ -187,21 +187,17 @@ def save_curves(path, x, panels, xlabel="epoch", smooth=1):
     Args:
         panels: list of (ylabel, curves, references). `curves` maps labels to values; None and NaN leave a gap.
             `references` maps labels to the height of a dashed horizontal line.
-        smooth: width of the running mean. The raw values are drawn faintly behind it.
+        smooth: number of points of x that a running mean covers. The raw values are drawn faintly behind it.
     """
-    x = np.asarray(x, dtype=float)
     with new_figure(path, WIDTH, 2.6, 1, len(panels), squeeze=False) as (_, axes):
         for axis, (ylabel, curves, references) in zip(axes[0], panels):
             for color, (label, values) in zip(COLORS, curves.items()):
-                values = np.array(values, dtype=float)
-                known = np.isfinite(values)
-                at, values = x[known], values[known]
-                if smooth > 1 and len(values) > smooth:
+                points = _running_means(x, values, 1)
+                if 1 < smooth < len(x):
                     # These are tens of thousands of points, so they become pixels in the PDF, too.
-                    axis.plot(at, values, color=color, alpha=0.15, linewidth=0.5, rasterized=True)
-                    values = np.convolve(values, np.ones(smooth) / smooth, mode="valid")
-                    at = at[smooth - 1 :]
-                axis.plot(at, values, color=color, label=label, marker="." if len(values) < 40 else None)
+                    axis.plot(*points, color=color, alpha=0.15, linewidth=0.5, rasterized=True)
+                    points = _running_means(x, values, smooth)
+                axis.plot(*points, color=color, label=label, marker="." if len(points[0]) < 40 else None)
             # A single reference is for all curves. Several are for a curve each, in its colour.
             colors = COLORS if len(references) > 1 else ["black"]
             for color, (label, height) in zip(colors, references.items()):
@@ -209,6 +205,16 @@ def save_curves(path, x, panels, xlabel="epoch", smooth=1):
             axis.set(xlabel=xlabel, ylabel=ylabel)
             axis.xaxis.set_major_locator(MaxNLocator(min(6, 12 // len(panels)), integer=True))
             axis.legend()
+
+
+def _running_means(x, values, width):
+    """Return the last x of each window of `width` points, and the mean of the window without None and NaN."""
+    values = np.array(values, dtype=float)
+    known = np.isfinite(values)
+    width = min(width, len(values))
+    sums = np.convolve(np.where(known, values, 0), np.ones(width), mode="valid")
+    counts = np.convolve(known, np.ones(width), mode="valid")
+    return np.asarray(x)[width - 1 :][counts > 0], sums[counts > 0] / counts[counts > 0]
 
 
 def save_optimal_discriminator(path, x, panels):

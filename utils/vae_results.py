@@ -79,7 +79,8 @@ def draw_samples(run, model):
 
 
 def draw_latent_plane(path, model, side):
-    plotting.save_images(path, decode_plane(model, side), side, scale=0.3)
+    """Draw the latent plane as side x side images, with the axes z_1 and z_2."""
+    plotting.save(plotting.draw_latent_plane(decode_plane(model, side), side), path, vector=False)
 
 
 def draw_figures(run, model, images, labels):

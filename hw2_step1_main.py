@@ -180,7 +180,6 @@ def train_and_evaluate(run, train_set, test_set):
 
 
 def sample(run, path, test_set):
-    files.make_folder(run.folder)
     gan_results.draw_samples(run, load_model(path, run.device))
 
 

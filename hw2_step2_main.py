@@ -34,8 +34,8 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from models.AR import ConditionalPixelCNN, PixelCNN
-from utils import cli, data, files, parallel, pixelcnn_results
-from utils.hyperparameters import Fraction, hyperparameters
+from utils import cli, data, files, machine, parallel, pixelcnn_results
+from utils.hyperparameters import Fraction
 from utils.muon import Muon
 from utils.pixelcnn_results import bits_per_pixel, evaluate, inputs
 
@@ -137,8 +137,7 @@ def log_epoch(run, network, test_set, epoch):
     with run.autocast(run.options["precision"]):
         test_nll = evaluate(network, *test_set, run.options["binarize"])
     row = dict(train_nll=run.means().get("train_nll"), test_nll=test_nll, test_bits=bits_per_pixel(test_nll))
-    run.log(epoch=epoch, **row)
-    run.print_epoch(epoch, **row)
+    run.log_epoch(epoch, **row)
 
 
 def build_network(conditional, **architecture):
@@ -153,10 +152,9 @@ def load_model(path, device="cpu", steps=(STEP, CONDITIONAL_STEP)):
 
 def train_and_evaluate(run, train_set, test_set):
     conditional, few = run.args.conditional, run.limit(*test_set)
-    architecture = {name: run.options[name] for name in hyperparameters(PixelCNN)}
+    architecture = run.arguments(PixelCNN)
     network = build_network(conditional, **architecture).to(run.device, memory_format=torch.channels_last)
-    training = {name: value for name, value in run.options.items() if name not in architecture}
-    train(run, network, train_set, few, **training)
+    train(run, network, train_set, few, **run.arguments(train))
     if not parallel.leave():
         return
     network.eval()
@@ -167,7 +165,6 @@ def train_and_evaluate(run, train_set, test_set):
 
 
 def sample(run, path, test_set):
-    files.make_folder(run.folder)
     network = load_model(path, run.device, (run.step,))
     other = load_unconditional(run) if run.args.conditional else None
     pixelcnn_results.draw_samples(run, network, test_set, other)
@@ -179,7 +176,7 @@ def load_unconditional(run):
         path = cli.default_folder(STEP, run.args.variant, []) / "model.pt"
         return load_model(path, run.device, (STEP,))
     except files.UserError as error:
-        run.say(f"comparison.png lacks unconditional samples: {error}")
+        machine.say(f"comparison.png lacks unconditional samples: {error}")
         return None
 
 

@@ -165,8 +165,7 @@ def log_epoch(run, model, train_set, test_set, epoch):
             f"{name}_kl": kl,
         }
     run.snapshot(epoch, vae_results.decode_plane(model, vae_results.SNAPSHOT_SIDE))
-    run.log(epoch=epoch, **row)
-    run.print_epoch(epoch, **row)
+    run.log_epoch(epoch, **row)
 
 
 @torch.no_grad()
@@ -205,7 +204,6 @@ def draw_figures(run, model, test_set):
 
 
 def sample(run, path, test_set):
-    files.make_folder(run.folder)
     draw_figures(run, load_model(path, run.device), test_set)
 
 

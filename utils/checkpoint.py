@@ -1,12 +1,14 @@
 """What a checkpoint holds beside the training's own state, when a run may go on from one, and whether a run is finished."""
 
 import json
+import math
 
 import torch
 
 from utils.files import UserError
 
 VERSION = 2  # of the layout of checkpoint.pt
+KEPT = "the checkpoint before it is kept; lower the learning rate or choose another --seed"
 
 
 def random_states(device):
@@ -47,6 +49,13 @@ def require_same(theirs, ours, path, has_schedule):
             f"{path} was trained with {key} {theirs.get(key)}, not {ours[key]}: resume with the same flags, or begin "
             "anew with --restart"
         )
+
+
+def require_finite(values, where):
+    """Raise UserError if a number in the dict `values` is not finite; `where` in the training goes into the message."""
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise UserError(f"{name} became {value} {where}: {KEPT}")
 
 
 def is_finished(folder):

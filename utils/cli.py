@@ -51,9 +51,9 @@ def positive(text):
 
 
 def folder(text):
-    """argparse type for a folder: `~` is the home folder, and an empty name is refused."""
+    """argparse type for a folder or file: `~` is the home folder, and an empty name is refused."""
     if not text:
-        raise argparse.ArgumentTypeError("takes the name of a folder")
+        raise argparse.ArgumentTypeError("takes the name of a folder or file")
     return Path(text).expanduser()
 
 
@@ -90,7 +90,7 @@ def add_run_flags(group):
     add("--resume", action="store_true", help="go on from the checkpoint of an interrupted run")
     add("--restart", action="store_true", help="begin anew over the checkpoint of an unfinished run")
     add("--sample-only", action="store_true", help="draw the figures of a trained model, without training")
-    add("--model", type=Path, metavar="PATH", help="model.pt to draw from, with --sample-only")
+    add("--model", type=folder, metavar="PATH", help="model.pt to draw from, with --sample-only")
     add("--count", type=whole_number(1), metavar="N", help="number of images in the sample grid")
     add("--variant", metavar="NAME", help="train a named variant")
     add("--list-variants", action="store_true", help="list the variants and why they are there, and stop")
@@ -201,7 +201,8 @@ def main(
         script, description: `__file__` and `__doc__` of the step script.
         step: name of the step and of its folder below results/; with --conditional it is `conditional_step`.
         training, network: functions whose keyword-only arguments are the hyperparameters.
-        train_and_evaluate: called with (run, train_set, test_set); a set is (uint8 images, labels).
+        train_and_evaluate: called with (run, train_set, test_set); a set is (uint8 images, labels). In a dry run the
+            training set has a few batches; `run.limit` cuts the test set where all of it would take long.
         sample: called with (run, path of model.pt, test_set) for --sample-only.
         variants: dict of name: (reason, changed hyperparameters).
         add_flags: called with an argparse group, to add the flags that only this step has.

@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 from utils import machine
-from utils.cli import ArgumentParser, exit_code
+from utils.cli import ArgumentParser, exit_code, folder
 from utils.files import ROOT, UserError, make_folder, write_atomically
 
 DESCRIPTION = "make the two files that are handed in, the report and an archive of the code"
@@ -90,7 +90,7 @@ def hand_in(argv):
     """Write both files, for a list of flags."""
     parser = ArgumentParser(prog="python -m utils.hand_in", description=DESCRIPTION)
     parser.add_argument("--lastname", required=True, metavar="NAME", help="begins the names of both files")
-    parser.add_argument("--out-dir", type=Path, default=Path(), help="folder for them (the current one)")
+    parser.add_argument("--out-dir", type=folder, default=Path(), help="folder for them (the current one)")
     args = parser.parse_args(argv)
     stem = args.out_dir / f"{file_name(args.lastname)}_{COURSE}"
     if not REPORT.is_file():

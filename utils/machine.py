@@ -13,11 +13,6 @@ import torchvision
 
 from utils.files import UserError
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
-
 
 def find_device(name):
     """Return the torch.device of `--device`; 'auto' is CUDA where there is one, else the CPU."""
@@ -66,14 +61,6 @@ def keep_freed_memory():
     mallopt(mmap_threshold, 2**30)
     mallopt(trim_threshold, 2**31 - 1)
     mallopt(top_pad, 2**28)
-
-
-def peak_memory():
-    """Return the largest resident memory of this process so far in MiB, or None where it is not known."""
-    if not resource:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def hardware(device):

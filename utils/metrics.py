@@ -74,9 +74,9 @@ def judge_sampler(run, sample, pixels="none"):
         The images, and entries for metrics.json, the sampling time among them.
     """
     args = run.args
-    run.say("quality of samples")
+    machine.say("quality of samples")
     if not load_classifier(dataset=args.dataset):
-        run.say(
+        machine.say(
             f"metrics and figures that need a classifier are left out: train one with "
             f"python -m utils.train_classifier --dataset {args.dataset}"
         )

@@ -110,7 +110,7 @@ def draw_losses(path, history, how):
         "training images, during the epoch": history["train_nll"],
         f"test images ({before:.0f} before the training)": [None, *history["test_nll"][1:]],
     }
-    panel = (f"NLL (nats per image, {how} pixels)", curves, {})
+    panel = (f"NLL, {how} pixels (nats per image)", curves, {})
     plotting.save_curves(path, history["epoch"], [panel])
 
 

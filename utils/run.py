@@ -14,6 +14,7 @@ from tqdm import tqdm
 from utils import checkpoint, files, machine, parallel
 from utils.data import batches
 from utils.files import UserError
+from utils.hyperparameters import hyperparameters
 
 DRY_RUN_BATCHES = 3
 
@@ -56,6 +57,10 @@ class Run:
         self._seconds, self._started = 0.0, time.perf_counter()
         torch.manual_seed(args.seed)
 
+    def arguments(self, function):
+        """Return the run's values of the hyperparameters that are arguments of the function."""
+        return {name: self.options[name] for name in hyperparameters(function)}
+
     def limit(self, *tensors):
         """Return the tensors, or in a dry run only the first batches of them."""
         count = DRY_RUN_BATCHES * self.options["batch_size"]
@@ -64,9 +69,6 @@ class Run:
     def autocast(self, precision="auto"):
         """Return the context in which convolutions run in bfloat16; see `machine.autocast`."""
         return machine.autocast(self.device, precision)
-
-    # -----------------------------------------------------------------------------------------------------
-    # The training loop
 
     def track(self, **tracked):
         """Name everything that training changes, so that checkpoints hold it; with --resume restore it now.
@@ -159,7 +161,7 @@ class Run:
         if parallel.num_processes() > 1:
             values = [value / parallel.num_processes() for value in parallel.total(values, self.device)]
         known = dict(zip(known, values))
-        self._require_finite(known, f"in epoch {self._epoch + 1}, batch {self._batch + 1}")
+        checkpoint.require_finite(known, f"in epoch {self._epoch + 1}, batch {self._batch + 1}")
         self.images_seen += self._batch_images
         for name, value in known.items():
             total, seen = self._sums.get(name, (0.0, 0))
@@ -181,9 +183,14 @@ class Run:
     def log(self, **row):
         """Add a row to losses.csv. All rows have the same columns; None leaves a cell empty."""
         known = {name: value for name, value in row.items() if value is not None}
-        self._require_finite(known, f"in the evaluation after epoch {row.get('epoch', self._epoch)}")
+        checkpoint.require_finite(known, f"in the evaluation after epoch {row.get('epoch', self._epoch)}")
         for name, value in row.items():
             self.history.setdefault(name, []).append(value)
+
+    def log_epoch(self, epoch, **values):
+        """Add a row about an epoch to losses.csv, and print it."""
+        self.log(epoch=epoch, **values)
+        self.print_epoch(epoch, **values)
 
     def snapshot(self, epoch, images):
         """Keep images in [0, 1] after this epoch: after each of the first epochs and after some 16 later ones."""
@@ -194,27 +201,21 @@ class Run:
     def print_epoch(self, epoch, *remarks, **values):
         """Print one line about an epoch: its values, then remarks."""
         shown = [f"{name} {value:.4g}" for name, value in values.items() if value is not None]
-        self.say("  ".join([self._title(epoch), *shown, f"{self._elapsed():.0f} s", *remarks]))
-
-    def say(self, *words):
-        """Print a line; see `machine.say`."""
-        machine.say(*words)
-
-    # -----------------------------------------------------------------------------------------------------
-    # Results
+        machine.say("  ".join([self._title(epoch), *shown, f"{self._elapsed():.0f} s", *remarks]))
 
     def save_model(self, network, **arguments):
         """Write model.pt: the weights of the network and the arguments that rebuild it."""
         files.save_model(self.folder / "model.pt", self.step, network, arguments)
-        self.say("wrote model.pt")
+        machine.say("wrote model.pt")
 
     def draw(self, name, function, *arguments, **options):
         """Draw the figure `name` with `function(path, ...)`, and print its name first, so that no wait is silent."""
-        self.say(f"drawing {name}")
+        files.make_folder(self.folder)
+        machine.say(f"drawing {name}")
         function(self.folder / name, *arguments, **options)
 
     def finish(self, headline=(), **metrics):
-        """Write losses.csv, and metrics.json with time, speed and memory of the training beside the metrics.
+        """Write losses.csv, and metrics.json with the time and speed of the training beside the metrics.
 
         Args:
             headline: names of metrics to print, beside those of the step's reported run.
@@ -223,24 +224,19 @@ class Run:
         files.write_csv(self.folder / "losses.csv", self.history)
         what = "training and the evaluation after each epoch"
         metrics["wall_time"] = files.metric(self._seconds, "seconds", what, hardware=hardware)
-        speed, memory = self.images_seen / self._seconds, machine.peak_memory()
+        speed = self.images_seen / self._seconds
         metrics["speed"] = files.metric(speed, "training images per second", "images seen / wall time")
-        what = "largest resident memory of the process"
-        metrics["peak_memory"] = files.metric(memory, "MiB", what, hardware=hardware)
         files.write_json(self.folder / "metrics.json", metrics)
         reported = checkpoint.read_metrics(files.ROOT / "results" / self.step)
         for name in (each for each in headline if each in metrics):
             beside = f" (reported: {reported[name]['value']:.4g})" if name in reported else ""
-            self.say(f"{name} {metrics[name]['value']:.4g} {metrics[name]['unit']}{beside}")
-        self.say(f"results in {self.folder}")
+            machine.say(f"{name} {metrics[name]['value']:.4g} {metrics[name]['unit']}{beside}")
+        machine.say(f"results in {self.folder}")
 
     def close(self):
         """End the lock on the folder."""
         if self._lock:
             self._lock.close()
-
-    # -----------------------------------------------------------------------------------------------------
-    # Checkpoints
 
     def _config(self):
         return {
@@ -270,10 +266,8 @@ class Run:
     def _save(self):
         tracked = {name: each.state_dict() for name, each in self._tracked.items()}
         if not files.all_finite(tracked):
-            raise UserError(
-                f"the last update of epoch {self._epoch + (self._batch > 0)} gave numbers that are not finite: the "
-                "checkpoint before it is kept; lower the learning rate or choose another --seed"
-            )
+            where = f"the last update of epoch {self._epoch + (self._batch > 0)}"
+            raise UserError(f"{where} gave numbers that are not finite: {checkpoint.KEPT}")
         self._seconds, self._started = self._elapsed(), time.perf_counter()
         if not parallel.is_first():
             return
@@ -311,14 +305,6 @@ class Run:
                 f"{path} does not fit this version of the script: begin anew with --restart"
             ) from None
         self.iteration = self._epoch + self._batch  # above 0 once the training has begun; `batches` sets it
-
-    def _require_finite(self, values, where):
-        for name, value in values.items():
-            if not math.isfinite(value):
-                raise UserError(
-                    f"{name} became {value} {where}: the checkpoint before it is kept; lower the learning rate or "
-                    "choose another --seed"
-                )
 
     def _elapsed(self):
         """Return the seconds of training so far, over all resumptions."""

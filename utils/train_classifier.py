@@ -53,8 +53,7 @@ def train(
             schedule.step()
             run.record(loss=loss)
         row = dict(loss=run.means()["loss"], accuracy=accuracy(classifier, *test_set, "none"))
-        run.log(epoch=epoch, **row)
-        run.print_epoch(epoch, **row)
+        run.log_epoch(epoch, **row)
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 import torch
 
 from models.VAE import active_units, importance_bound, plane_log_likelihood, reconstruction_loss
-from utils import figures, files, metrics, plotting
+from utils import figures, files, machine, metrics, plotting
 from utils.data import binarize, to_unit
 
 HEADLINE = ("test_negative_elbo", "test_bound", "frechet_distance")  # printed at the end
@@ -212,12 +212,12 @@ def write_metrics(run, model, train_set, test_set, evaluate):
     sizes = dict(train_images=len(train_set[0]), test_images=len(test_set[0]))
     results = {}
     for how in PROTOCOLS if thorough else ("stochastic",):
-        run.say(f"bounds of log p(x), pixels {PROTOCOLS[how][1]}")
+        machine.say(f"bounds of log p(x), pixels {PROTOCOLS[how][1]}")
         x = binarize(test_set[0], how, torch.Generator(run.device).manual_seed(0))
         results |= bounds(run, model, x, how, evaluate, sizes)
         if how == "stochastic" and model.z_size == 2 and thorough:
             results["test_nll"] = plane_nll(run, model, x, sizes)
-    run.say("nearest neighbours, and the quality of samples")
+    machine.say("nearest neighbours, and the quality of samples")
     results |= representation_metrics(model, train_set, test_set, thorough, sizes)
     results |= metrics.judge_sampler(run, model.sample)[1]
     run.finish(HEADLINE, **results)

@@ -26,7 +26,7 @@ from typing import Annotated, Literal
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from models.GAN import Discriminator, Generator, train_discriminator, train_generator
 from utils import cli, files, gan_results
@@ -110,7 +110,7 @@ def train_main_loop(
     """Train on uint8 images (N, 1, 28, 28); return the generator with averaged (EMA) weights."""
     generator = Generator(dim_z, g_channels).to(run.device)
     discriminator = Discriminator(d_channels, dropout).to(run.device)
-    ema = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
+    ema = AveragedModel(generator, avg_fn=ema_with_warm_up(ema_decay))
     adam = dict(betas=(0.5, 0.999), fused=True)
     g_optimizer = torch.optim.Adam(generator.parameters(), g_learning_rate, **adam)
     d_optimizer = torch.optim.Adam(discriminator.parameters(), d_learning_rate, **adam)
@@ -148,6 +148,19 @@ def train_main_loop(
             run.record(keep=True, d_loss=d_loss, g_loss=g_loss, d_real=d_real, d_fake=d_fake)
         monitor_images(run, ema.module, epoch)
     return ema.module
+
+
+def ema_with_warm_up(decay):
+    """Return the update of an exponential moving average whose decay rises to `decay`.
+
+    Early averages then follow the weights, so that early samples show what was learnt.
+    """
+
+    def update(average, current, num_averaged):
+        n = int(num_averaged)
+        return average.lerp(current, 1 - min(decay, (1 + n) / (10 + n)))
+
+    return update
 
 
 def monitor_images(run, generator, epoch):

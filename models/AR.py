@@ -1,10 +1,10 @@
 """PixelCNN, plain and class-conditional, for binary images.
 
 The network predicts each pixel from the pixels before it in raster order:
-p(x) = prod_i p(x_i | x_1, ..., x_{i-1}). Each factor is a Bernoulli distribution, whose logit comes from a stack of
-masked convolutions (van den Oord et al. 2016a, "Pixel Recurrent Neural Networks", arXiv 1601.06759). The
-class-conditional network adds the label to every layer (van den Oord et al. 2016b, "Conditional Image Generation
-with PixelCNN Decoders", arXiv 1606.05328).
+p(x) = prod_i p(x_i | x_1, ..., x_{i-1}). Each factor is a Bernoulli distribution, whose logit comes from a
+stack of masked convolutions (van den Oord et al. 2016a, "Pixel Recurrent Neural Networks", arXiv 1601.06759).
+The class-conditional network adds the label to every layer (van den Oord et al. 2016b, "Conditional Image
+Generation with PixelCNN Decoders", arXiv 1606.05328).
 """
 
 from typing import Annotated, Literal, get_args
@@ -26,8 +26,10 @@ class MaskedConv2d(nn.Conv2d):
     Mask 'A' hides the centre of the kernel, and belongs in the first layer. Mask 'B' shows it.
 
     Args:
-        mask_type: 'A' or 'B'; anything else raises ValueError.
-        in_channels, out_channels, kernel_size, stride, padding, bias: as in `nn.Conv2d`.
+        mask_type: 'A' or 'B'. `nn.Conv2d` explains the other arguments.
+
+    Raises:
+        ValueError: another mask type.
     """
 
     def __init__(self, mask_type, in_channels, out_channels, kernel_size, stride=1, padding=0, bias=True):
@@ -89,9 +91,9 @@ class PixelCNN(nn.Module):
 
     Args:
         first_kernel_size: of the type-A layer. A wide kernel is cheap here, as the image has one channel.
-        block: how a type-B layer changes the features h. 'plain' replaces h by layer(h), 'residual' adds layer(h)
-            to h. 'gated' adds one half of layer(h)'s channels times the sigmoid of the other half (2016b, Eq. 2,
-            without its tanh).
+        block: how a type-B layer changes the features h. 'plain' replaces h by layer(h). 'residual' adds
+            layer(h) to h. 'gated' adds a * sigmoid(b), where a and b are the two halves of layer(h) (2016b,
+            Eq. 2, without tanh).
         positional: add a learned vector for each pixel of a 28 x 28 image to the type-A layer's output.
 
     Raises:
@@ -138,8 +140,8 @@ class PixelCNN(nn.Module):
     def logits(self, x, convolve, position):
         """Run the network with `convolve(layer, h)` for each masked layer; `position` is (channels, H, W).
 
-        Everything else acts on each pixel by itself. So the sampler can run these lines on a single pixel, with a
-        `convolve` of its own.
+        All other operations act on each pixel by itself. So the sampler can run these lines on a single
+        pixel, with its own `convolve`.
         """
         h = convolve(self.first, x)
         h = h + position.to(h.dtype)  # h may be bfloat16
@@ -153,9 +155,9 @@ class PixelCNN(nn.Module):
         return h
 
     def position_vectors(self, height, width):
-        """Return the vector of each position of an image, (channels, height, width); zeros if not `positional`.
+        """Return the vectors of all positions of an image, (channels, height, width), or zeros without them.
 
-        Beyond 28 x 28, a position has the vector of the nearest one inside.
+        Positions beyond 28 x 28 have the vector of the nearest one inside.
         """
         if self.position is None:
             return self.first.weight.new_zeros(1, height, width)
@@ -167,9 +169,9 @@ class PixelCNN(nn.Module):
         """Draw images in {0, 1}, (num_samples, 1, 28, 28), pixel by pixel in raster order, in eval mode.
 
         Args:
-            generator: CPU `torch.Generator`; None for a new one with seed 0. The global random state is not used.
-            cached: compute each feature once. Otherwise run the whole network for every pixel, which takes much
-                longer. Both draw the same images, except for ties within rounding.
+            generator: CPU `torch.Generator`, by default a new one with seed 0. The global state stays.
+            cached: compute each feature once. Otherwise run the whole network for every pixel, which takes
+                much longer. Both draw the same images, except for ties within rounding.
             given: uppermost rows of the images to complete, (num_samples, 1, rows, 28) in {0, 1}.
         """
         return draw_images(self, (num_samples, *IMAGE_SHAPE), generator, cached, given)

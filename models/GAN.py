@@ -1,7 +1,7 @@
 """Generative adversarial network of fully connected layers (Goodfellow et al. 2014, arXiv 1406.2661).
 
-The generator G turns noise z ~ N(0, I) into an image. The discriminator D gives the logit of "this image is real".
-Both use LeakyReLU. Only the discriminator has dropout.
+The generator G turns noise z ~ N(0, I) into an image. The discriminator D gives the logit of "this image is
+real". Both use LeakyReLU. Only the discriminator has dropout.
 """
 
 import torch
@@ -71,8 +71,8 @@ class Generator(nn.Module):
         """Draw images in [0, 1], (num_samples, 1, 28, 28).
 
         Args:
-            generator: CPU `torch.Generator` of the noise; None for a new one with seed 0. The global random state is
-                not used, and every device gets the same noise.
+            generator: CPU `torch.Generator` of the noise, by default a new one with seed 0. The global random
+                state is not used, and every device gets the same noise.
         """
         generator = generator or torch.Generator().manual_seed(0)
         z = torch.randn(num_samples, self.dim_z, generator=generator)
@@ -99,13 +99,13 @@ def train_discriminator(
         criterion: mean binary cross-entropy on logits, `torch.nn.BCEWithLogitsLoss()`.
         real_label: target for real images. Below 1 it is one-sided label smoothing (Salimans et al. 2016,
             arXiv 1606.03498, section 3.4).
-        relativistic: replace the logit of each image by its difference to the logit of an image of the other kind
-            (Huang et al. 2024, arXiv 2501.05441, section 2.1). It takes as many fake images as real ones.
+        relativistic: replace the logit of each image by its difference to the logit of an image of the other
+            kind (Huang et al. 2024, arXiv 2501.05441, section 2.1). It takes pairs of real and fake images.
         penalty: weight of `gradient_penalty`.
 
     Returns:
-        (d_loss, outputs_real, outputs_fake, d_loss_fake): the loss without the penalty, the logits of the real and
-        of the fake images (N, 1), and the fake images' part of the loss.
+        (d_loss, outputs_real, outputs_fake, d_loss_fake): the loss without the penalty, the logits (N, 1) of
+        the real and of the fake images, and the part of the loss on the fake images.
     """
     images, fake_images = images.to(device).flatten(1), fake_images.detach().to(device).flatten(1)
     sizes = [len(images), len(fake_images)]
@@ -143,7 +143,7 @@ def train_generator(
 ):
     """Take one optimiser step on -log D(G(z)), the non-saturating loss (Goodfellow et al. 2014, section 3).
 
-    `backward` also leaves gradients in the discriminator. `train_discriminator` clears them before its own step.
+    `backward` leaves gradients in the discriminator, too. `train_discriminator` clears them before its step.
 
     Args:
         discriminator_outputs: logits D(G(z)), (N, 1), still attached to the graph of the generator.
@@ -153,7 +153,7 @@ def train_generator(
             arXiv 2501.05441, section 2.1). It takes the differences of the logits in place of D(G(z)).
 
     Returns:
-        (g_loss, g_loss_fake): the minimised loss, and -log(1 - D(G(z))), the discriminator's loss on the same fakes.
+        (g_loss, g_loss_fake): the minimised loss, and the discriminator's loss -log(1 - D(G(z))).
     """
     outputs = discriminator_outputs.to(device)
     if outputs_real is not None:

@@ -20,9 +20,9 @@ class VAE_model(nn.Module):
 
     Args:
         input_dim: pixels of an image, 784 for MNIST.
-        hidden_dims: [h1, h2, ..., 2 * latent]. These are the encoder's hidden layers and its output, the mean beside
-            the log-variance. The decoder has the hidden layers in reverse.
-        decode_dim: pixels of the reconstruction; -1 for input_dim.
+        hidden_dims: [h1, h2, ..., 2 * latent]. These are the encoder's hidden layers and its output, the mean
+            beside the log-variance. The decoder has the hidden layers in reverse.
+        decode_dim: pixels of the reconstruction, where -1 stands for input_dim.
 
     Raises:
         ValueError: no hidden layer, a layer without units, or an odd output.
@@ -41,7 +41,7 @@ class VAE_model(nn.Module):
         )
 
     def encode(self, x):
-        """Return mean and logvar of q(z|x), (N, z_size) each, for x (N, 1, 28, 28) or (N, input_dim) in [0, 1]."""
+        """Return mean and logvar of q(z|x), (N, z_size) each, for images x (N, ...) in [0, 1]."""
         return self.encoder(x.flatten(1)).chunk(2, dim=1)
 
     def reparameterize(self, mean, logvar):
@@ -57,7 +57,7 @@ class VAE_model(nn.Module):
         return self.decoder[:-1](z)
 
     def forward(self, x):
-        """Encode, draw and decode: a dict of `imgs` (N, decode_dim), and `z`, `mean`, `logvar` (N, z_size)."""
+        """Return a dict of the decoded `imgs` (N, decode_dim), and `z`, `mean`, `logvar` (N, z_size)."""
         mean, logvar = self.encode(x)
         z = self.reparameterize(mean, logvar)
         return {"imgs": self.decode(z), "z": z, "mean": mean, "logvar": logvar}
@@ -67,8 +67,8 @@ class VAE_model(nn.Module):
         """Decode z ~ N(0, I) to Bernoulli means in [0, 1], (num_samples, 1, 28, 28).
 
         Args:
-            generator: CPU `torch.Generator` of the noise; None for a new one with seed 0. The global random state is
-                not used, and every device gets the same noise.
+            generator: CPU `torch.Generator` of the noise, by default a new one with seed 0. The global random
+                state is not used, and every device gets the same noise.
 
         Raises:
             ValueError: the decoder does not give 28 x 28 pixels.
@@ -121,7 +121,8 @@ def reconstruction_loss(imgs, x):
 def kl_divergence(mean, logvar):
     """Return KL(N(mean, diag(exp(logvar))) || N(0, I)), (N,), in nats per image, for (N, z_size) each.
 
-    1/2 sum_j (sigma_j^2 + mean_j^2 - 1 - log sigma_j^2), Eq. 2 of the assignment; Kingma & Welling 2014, appendix B.
+    1/2 sum_j (sigma_j^2 + mean_j^2 - 1 - log sigma_j^2): Eq. 2 of the assignment, and appendix B of Kingma &
+    Welling 2014.
     """
     return 0.5 * (logvar.exp() + mean.square() - 1 - logvar).sum(dim=1)
 
@@ -132,17 +133,19 @@ def kl_divergence(mean, logvar):
 
 @torch.no_grad()
 def importance_bound(model, x, num_samples, generator=None, prior_share=0.0):
-    """Return log 1/K sum_k p(x|z_k) p(z_k) / r(z_k|x), z_k ~ r(z|x), for K = `num_samples`: (N,), nats per image.
+    """Return log 1/K sum_k p(x|z_k) p(z_k) / r(z_k|x), (N,) in nats, with K = `num_samples` z_k ~ r(z|x).
 
-    With r(z|x) = q(z|x) this is the bound of Burda et al. 2016 (arXiv 1509.00519), Eq. 8. Its expectation lies between
-    the ELBO and log p(x), and grows with K to log p(x). It grows slowly for an image whose q(z|x) is misplaced.
+    With r(z|x) = q(z|x) this is the bound of Burda et al. 2016 (arXiv 1509.00519), Eq. 8. Its expectation
+    lies between the ELBO and log p(x), and grows with K to log p(x). It grows slowly for an image whose
+    q(z|x) is misplaced.
 
     Args:
         x: targets in [0, 1], (N, ...).
-        generator: CPU `torch.Generator` of the noise; None for a new one with seed 0.
-        prior_share: fraction of the samples that come from the prior p(z); the rest come from q(z|x). Then r is the
-            mixture of both in these proportions, the balance heuristic (Veach & Guibas 1995, section 3; Owen & Zhou
-            2000, section 3). The estimate of p(x) stays unbiased, and the whole latent space is visited.
+        generator: CPU `torch.Generator` of the noise, by default a new one with seed 0.
+        prior_share: fraction of the samples that come from the prior p(z). The rest come from q(z|x), and r
+            is the mixture of both in these proportions, the balance heuristic (Veach & Guibas 1995, section
+            3; Owen & Zhou 2000, section 3). The estimate of p(x) stays unbiased, and the whole latent space
+            is visited.
 
     Raises:
         ValueError: no sample, or a fraction outside [0, 1].
@@ -177,9 +180,10 @@ def importance_bound(model, x, num_samples, generator=None, prior_share=0.0):
 def plane_log_likelihood(model, x, spacing=0.04, half_width=5.0):
     """Return log p(x), (N,) in nats, by summing p(x|z) p(z) over a square grid in the latent plane.
 
-    It needs two latent dimensions. Each grid point is decoded once for all images. The sum is nearly exact if the
-    spacing is below the posteriors' standard deviations: with the default model and test images, spacings of 0.04 and
-    0.02 differ by less than 0.01 nat on average. Outside the default square the prior has a mass of 1e-6.
+    It needs two latent dimensions. Each grid point is decoded once for all images. The sum is nearly exact if
+    the spacing is below the posteriors' standard deviations. With the default model and test images, spacings
+    of 0.04 and 0.02 differ by less than 0.01 nat on average. The prior has a mass of 1e-6 outside the default
+    square.
 
     Args:
         x: targets in [0, 1], (N, ...).
@@ -206,9 +210,11 @@ def plane_log_likelihood(model, x, spacing=0.04, half_width=5.0):
 
 
 def active_units(means, threshold=0.01):
-    """Count the latent dimensions whose posterior mean, (N, z_size), has a variance above `threshold` over the images.
+    """Count the latent dimensions in use, those whose posterior mean varies from image to image.
 
-    Burda et al. 2016 (arXiv 1509.00519), section 5.2.
+    Args:
+        means: posterior means of the images, (N, z_size).
+        threshold: least variance over the images (Burda et al. 2016, arXiv 1509.00519, section 5.2).
     """
     return (means.var(0) > threshold).sum().item()
 

@@ -1,15 +1,15 @@
 """Draw images pixel by pixel, and compute each feature only once.
 
 The plain way to sample runs the whole network for every pixel: 784 passes for a 28 x 28 image. Each pass
-recomputes almost everything that the pass before it has computed. It does not have to: a masked layer's output at a
-pixel depends on its inputs there, to the left and in the rows above, and these never change once they are known.
-So each layer keeps its inputs in a cache, and the network computes one pixel at a time (Ramachandran et al. 2017,
-"Fast Generation for Convolutional Autoregressive Models", arXiv 1704.06001).
+computes almost everything again that the pass before it has computed. A masked layer's output at a pixel
+depends only on the layer's inputs at that pixel, to its left and in the rows above. These inputs never change
+once they are known. So each layer keeps its inputs in a cache, and the network runs on one pixel at a time
+(Ramachandran et al. 2017, arXiv 1704.06001).
 
 A layer's kernel is split into two parts:
 
-    rows above the centre   The rows above are complete when a row starts. They are convolved once per image row.
-    centre row              Each pixel then needs one matrix product, of the last kernel row and the inputs to its left.
+    rows above the centre   The rows above are complete when a row starts. They are convolved once per row.
+    centre row              Each pixel then needs one matrix product with the inputs to its left.
 """
 
 import torch
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 @torch.no_grad()
 def draw_images(network, shape, generator=None, cached=True, given=None, *y):
-    """Draw images in {0, 1} from a PixelCNN in eval mode; afterwards the network has its former mode again.
+    """Draw images in {0, 1} from a network in eval mode, then restore its mode.
 
     Args:
         network: a `PixelCNN`.
@@ -59,22 +59,26 @@ def _draw_with_cache(network, images, thresholds, rows_given, y):
     position = network.position_vectors(height, width)
     masked_layers = [layer for layer in network.modules() if hasattr(layer, "mask_type")]
     caches = {layer: LayerCache(layer, images, y) for layer in masked_layers}
+
+    def convolve(layer, h):
+        return caches[layer].next_output(h)
+
     for row in range(height):
         for cache in caches.values():
             cache.start_row()
         for column in range(width):
-            pixel = images[:, :, row : row + 1, column : column + 1]  # a view; not drawn yet, so not seen yet
+            pixel = images[:, :, row : row + 1, column : column + 1]  # a view of a pixel to draw
             vector = position[:, row : row + 1, column : column + 1]
-            logits = network.logits(pixel, lambda layer, h: caches[layer].output(column, h), vector)
+            logits = network.logits(pixel, convolve, vector)
             if row >= rows_given:
                 pixel.copy_(thresholds[:, :, row : row + 1, column : column + 1] < logits)
-            caches[network.first].store(column, pixel)
+            caches[network.first].store(pixel)
 
 
 class LayerCache:
     """A masked layer's inputs in the row under way and in the rows above that its kernel reaches.
 
-    They have the shape (rows, N, padded width * in_channels), so that the inputs under a kernel row are one slice.
+    Their shape is (rows, N, padded width * in_channels), so that the inputs under a kernel row are one slice.
     """
 
     def __init__(self, layer, images, y):
@@ -94,26 +98,26 @@ class LayerCache:
 
     def start_row(self):
         """Move all rows up by one, and convolve the rows above for every pixel of the new row."""
+        self.column = -1
         if len(self.inputs) == 1:
             self.above = [self.bias] * self.width
             return
         for row, next_row in zip(self.inputs, self.inputs[1:]):
             row.copy_(next_row)
         self.row.zero_()
-        x = (
-            self.inputs[:-1].unflatten(2, (-1, self.channels)).permute(1, 3, 0, 2)
-        )  # (N, in_channels, rows, W)
+        x = self.inputs[:-1].unflatten(2, (-1, self.channels)).permute(1, 3, 0, 2)  # as images, for conv2d
         above = F.conv2d(x, self.weight_above).squeeze(2).permute(2, 0, 1)  # (W, N, out_channels)
         self.above = (above + self.bias).unbind()
 
-    def store(self, column, h):
-        """Keep the layer's input at a pixel of the row under way, h (N, in_channels, 1, 1)."""
-        start = (column + self.reach) * self.channels
-        self.row[:, start : start + self.channels] = h.flatten(1)
-
-    def output(self, column, h):
-        """Store the input at a pixel of the row under way; return the output there, (N, out_channels, 1, 1)."""
-        self.store(column, h)
-        start = column * self.channels
+    def next_output(self, h):
+        """Move on to the next pixel of the row; return the output (N, out_channels, 1, 1) for its input h."""
+        self.column += 1
+        self.store(h)
+        start = self.column * self.channels
         inputs = self.row[:, start : start + self.num_seen]
-        return torch.addmm(self.above[column], inputs, self.weight_row).view(-1, self.out_channels, 1, 1)
+        return torch.addmm(self.above[self.column], inputs, self.weight_row).view(-1, self.out_channels, 1, 1)
+
+    def store(self, h):
+        """Keep the input at the pixel under way, h (N, in_channels, 1, 1)."""
+        start = (self.column + self.reach) * self.channels
+        self.row[:, start : start + self.channels] = h.flatten(1)

@@ -1,4 +1,4 @@
-"""The digit classifier whose features and verdicts the metrics use."""
+"""Digit classifier. The metrics use its features and its predictions."""
 
 from torch import nn
 
@@ -9,7 +9,7 @@ class Classifier(nn.Module):
     """Small convolutional network for (N, 1, 28, 28) images in [0, 1], grey or binary.
 
     Args:
-        channels: feature maps of the two convolutional stages, each of which halves the image.
+        channels: feature maps of the two convolutional stages. Each stage halves the image.
         num_features: length of the feature vector before the last layer.
     """
 
@@ -30,9 +30,9 @@ class Classifier(nn.Module):
         self.to_logits = nn.Linear(num_features, NUM_CLASSES)
 
     def features(self, x):
-        """(N, 1, 28, 28) -> (N, num_features)."""
+        """Return the features (N, num_features) of images x (N, 1, 28, 28)."""
         return self.to_features(self.stages(x))
 
     def forward(self, x):
-        """(N, 1, 28, 28) -> (N, 10) logits."""
+        """Return the logits (N, 10) of images x (N, 1, 28, 28)."""
         return self.to_logits(self.features(x))

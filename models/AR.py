@@ -1,10 +1,8 @@
 """PixelCNN, plain and class-conditional, for binary images.
 
-The network predicts each pixel from the pixels before it in raster order:
-p(x) = prod_i p(x_i | x_1, ..., x_{i-1}). Each factor is a Bernoulli distribution, whose logit comes from a
-stack of masked convolutions (van den Oord et al. 2016a, "Pixel Recurrent Neural Networks", arXiv 1601.06759).
-The class-conditional network adds the label to every layer (van den Oord et al. 2016b, "Conditional Image
-Generation with PixelCNN Decoders", arXiv 1606.05328).
+Each pixel is predicted from the pixels before it in raster order: p(x) = prod_i p(x_i | x_1, ..., x_{i-1}).
+Masked convolutions give the logits (van den Oord et al. 2016a, "Pixel Recurrent Neural Networks", arXiv
+1601.06759; with labels, 2016b, "Conditional Image Generation with PixelCNN Decoders", arXiv 1606.05328).
 """
 
 from typing import Annotated, Literal, get_args
@@ -23,13 +21,7 @@ Block = Literal["plain", "residual", "gated"]
 class MaskedConv2d(nn.Conv2d):
     """Convolution that sees only pixels that come earlier in raster order (2016a, section 3.4, fig. 2).
 
-    Mask 'A' hides the centre of the kernel, and belongs in the first layer. Mask 'B' shows it.
-
-    Args:
-        mask_type: 'A' or 'B'. `nn.Conv2d` explains the other arguments.
-
-    Raises:
-        ValueError: another mask type.
+    Mask 'A', for the first layer, hides the centre of the kernel. Mask 'B' shows it. Others raise ValueError.
     """
 
     def __init__(self, mask_type, in_channels, out_channels, kernel_size, stride=1, padding=0, bias=True):
@@ -65,16 +57,13 @@ class MaskedConv2d(nn.Conv2d):
 
 
 class ConditionalMaskedConv2d(MaskedConv2d):
-    """Masked convolution with a bias for each class, W * x + b + V y (2016b, section 2.3).
-
-    V is the linear map `class_emb` from one-hot labels to output channels. It has no bias of its own.
-    """
+    """Masked convolution with a bias for each class, W * x + b + V y (2016b, section 2.3)."""
 
     def __init__(
         self, mask_type, in_channels, out_channels, kernel_size, num_classes, stride=1, padding=0, bias=True
     ):
         super().__init__(mask_type, in_channels, out_channels, kernel_size, stride, padding, bias)
-        self.class_emb = nn.Linear(num_classes, out_channels, bias=False)
+        self.class_emb = nn.Linear(num_classes, out_channels, bias=False)  # V
         # Small values: at first the features decide, and the label shifts them a little.
         nn.init.normal_(self.class_emb.weight, std=0.05)
 
@@ -87,17 +76,9 @@ class ConditionalMaskedConv2d(MaskedConv2d):
 class PixelCNN(nn.Module):
     """Stack of masked convolutions that gives the logit of every pixel, given the pixels before it.
 
-    A type-A layer, `num_layers` type-B layers, and a head of two 1 x 1 layers.
-
-    Args:
-        first_kernel_size: of the type-A layer. A wide kernel is cheap here, as the image has one channel.
-        block: how a type-B layer changes the features h. 'plain' replaces h by layer(h). 'residual' adds
-            layer(h) to h. 'gated' adds a * sigmoid(b), where a and b are the two halves of layer(h) (2016b,
-            Eq. 2, without tanh).
-        positional: add a learned vector for each pixel of a 28 x 28 image to the type-A layer's output.
-
-    Raises:
-        ValueError: a value is out of its range.
+    A type-A layer, type-B layers, and a head of two 1 x 1 layers. A 'plain' type-B layer replaces its input h
+    by layer(h). A 'residual' one adds layer(h) to h. A 'gated' one adds a * sigmoid(b), where a and b are the
+    halves of layer(h) (2016b, Eq. 2, without tanh). An argument out of its range raises ValueError.
     """
 
     def __init__(
@@ -113,8 +94,18 @@ class PixelCNN(nn.Module):
         dropout: Annotated[float, "probability of dropping a feature before a type-B layer"] = 0.0,
         positional: Annotated[bool, "add a learned vector for each position"] = True,
     ):
-        _check_sizes(num_layers, channels, first_kernel_size, kernel_size, head_channels)
-        _check_choices(activation, block, dropout)
+        if num_layers < 0:
+            raise ValueError(f"num_layers must be at least 0, not {num_layers}")
+        if min(channels, head_channels) < 1:
+            raise ValueError(f"channels, head_channels must be at least 1, not {channels}, {head_channels}")
+        for name, size in (("first_kernel_size", first_kernel_size), ("kernel_size", kernel_size)):
+            if size < 1 or size % 2 == 0:
+                raise ValueError(f"{name} must be a positive odd number, not {size}")
+        for name, value, kind in (("activation", activation, Activation), ("block", block, Block)):
+            if value not in get_args(kind):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, not {value!r}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, not {dropout}")
         super().__init__()
         self.block, self.dropout = block, dropout
         self.activation = getattr(F, activation)
@@ -127,7 +118,6 @@ class PixelCNN(nn.Module):
         self.head = nn.ModuleList(
             [self.masked_layer("B", channels, head_channels, 1), self.masked_layer("B", head_channels, 1, 1)]
         )
-        _check_convolutions(self)
 
     def masked_layer(self, mask_type, in_channels, out_channels, kernel_size):
         """Make a masked layer that keeps the size of the image."""
@@ -140,8 +130,7 @@ class PixelCNN(nn.Module):
     def logits(self, x, convolve, position):
         """Run the network with `convolve(layer, h)` for each masked layer; `position` is (channels, H, W).
 
-        All other operations act on each pixel by itself. So the sampler can run these lines on a single
-        pixel, with its own `convolve`.
+        All other operations act on each pixel by itself. So the sampler can run them on a single pixel.
         """
         h = convolve(self.first, x)
         h = h + position.to(h.dtype)  # h may be bfloat16
@@ -155,10 +144,7 @@ class PixelCNN(nn.Module):
         return h
 
     def position_vectors(self, height, width):
-        """Return the vectors of all positions of an image, (channels, height, width), or zeros without them.
-
-        Positions beyond 28 x 28 have the vector of the nearest one inside.
-        """
+        """Return a vector for each pixel, (channels, height, width); past 28 x 28, of the nearest inside."""
         if self.position is None:
             return self.first.weight.new_zeros(1, height, width)
         _, rows, columns = self.position.shape
@@ -170,20 +156,15 @@ class PixelCNN(nn.Module):
 
         Args:
             generator: CPU `torch.Generator`, by default a new one with seed 0. The global state stays.
-            cached: compute each feature once. Otherwise run the whole network for every pixel, which takes
-                much longer. Both draw the same images, except for ties within rounding.
+            cached: compute each feature once. Otherwise run the whole network for every pixel, which is slow.
+                Both draw the same images, except for ties within rounding.
             given: uppermost rows of the images to complete, (num_samples, 1, rows, 28) in {0, 1}.
         """
         return draw_images(self, (num_samples, *IMAGE_SHAPE), generator, cached, given)
 
 
 class ConditionalPixelCNN(PixelCNN):
-    """PixelCNN whose masked layers all see the label, for p(x | y).
-
-    Args:
-        num_classes: length of the one-hot labels.
-        architecture: the arguments of `PixelCNN`.
-    """
+    """PixelCNN whose masked layers all see the label, for p(x | y), with the arguments of `PixelCNN`."""
 
     def __init__(self, num_classes=10, **architecture):
         if num_classes < 1:
@@ -193,54 +174,17 @@ class ConditionalPixelCNN(PixelCNN):
 
     def masked_layer(self, mask_type, in_channels, out_channels, kernel_size):
         """Make a masked layer that adds V y and keeps the size of the image."""
-        padding = kernel_size // 2
-        return ConditionalMaskedConv2d(
-            mask_type, in_channels, out_channels, kernel_size, self.num_classes, padding=padding
-        )
+        sizes = in_channels, out_channels, kernel_size, self.num_classes
+        return ConditionalMaskedConv2d(mask_type, *sizes, padding=kernel_size // 2)
 
     def forward(self, x, y):
         """Return the logits (N, 1, H, W) of images x (N, 1, H, W) with one-hot labels y (N, num_classes)."""
         return self.logits(x, lambda layer, h: layer(h, y), self.position_vectors(*x.shape[2:]))
 
     def sample(self, labels, generator=None, cached=True, given=None):
-        """Draw an image for each of the integers `labels`, (N,); see `PixelCNN.sample`.
-
-        Raises:
-            ValueError: `labels` is not a list or a one-dimensional tensor.
-        """
+        """Draw an image of each class in `labels`, a list or a tensor (N,); see `PixelCNN.sample`."""
         labels = torch.as_tensor(labels, device=self.first.weight.device)
         if labels.dim() != 1:
-            raise ValueError(
-                "labels must be a list with one class per image, such as [3] for one image of a 3"
-            )
+            raise ValueError("labels must have one class per image, such as [3] for one image of a 3")
         y = F.one_hot(labels.long(), self.num_classes)
         return draw_images(self, (len(labels), *IMAGE_SHAPE), generator, cached, given, y)
-
-
-def _check_sizes(num_layers, channels, first_kernel_size, kernel_size, head_channels):
-    counts = (("num_layers", num_layers, 0), ("channels", channels, 1), ("head_channels", head_channels, 1))
-    for name, value, least in counts:
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, not {value}")
-    for name, size in (("first_kernel_size", first_kernel_size), ("kernel_size", kernel_size)):
-        if size < 1 or size % 2 == 0:
-            raise ValueError(f"{name} must be a positive odd number, not {size}")
-
-
-def _check_choices(activation, block, dropout):
-    for name, value, kind in (("activation", activation, Activation), ("block", block, Block)):
-        if value not in get_args(kind):
-            raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, not {value!r}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be at least 0 and below 1, not {dropout}")
-
-
-def _check_convolutions(network):
-    """Refuse convolutions with which the network would train, but could not be sampled."""
-    for layer in network.modules():
-        if isinstance(layer, nn.Conv2d):
-            same_size = tuple(size // 2 for size in layer.kernel_size)
-            if not isinstance(layer, MaskedConv2d) or (layer.stride, layer.padding) != ((1, 1), same_size):
-                raise ValueError(
-                    f"every convolution must be masked and keep the size of the image, unlike {layer}"
-                )

@@ -6,25 +6,17 @@ NUM_CLASSES = 10
 
 
 class Classifier(nn.Module):
-    """Small convolutional network for (N, 1, 28, 28) images in [0, 1], grey or binary.
-
-    Args:
-        channels: feature maps of the two convolutional stages. Each stage halves the image.
-        num_features: length of the feature vector before the last layer.
-    """
+    """Small convolutional network of two stages for (N, 1, 28, 28) images in [0, 1], grey or binary."""
 
     def __init__(self, channels=(32, 64), num_features=64):
         super().__init__()
         stages, inputs = [], 1
         for width in channels:
             for _ in range(2):
-                stages += [
-                    nn.Conv2d(inputs, width, 3, padding=1, bias=False),
-                    nn.BatchNorm2d(width),
-                    nn.ReLU(),
-                ]
+                stages.append(nn.Conv2d(inputs, width, 3, padding=1, bias=False))
+                stages += [nn.BatchNorm2d(width), nn.ReLU()]
                 inputs = width
-            stages.append(nn.MaxPool2d(2))
+            stages.append(nn.MaxPool2d(2))  # halves the image
         self.stages = nn.Sequential(*stages, nn.Flatten(), nn.Dropout(0.3))
         self.to_features = nn.Sequential(nn.Linear(inputs * 7 * 7, num_features), nn.ReLU())
         self.to_logits = nn.Linear(num_features, NUM_CLASSES)

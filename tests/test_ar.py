@@ -216,20 +216,6 @@ def test_no_classes_are_refused():
         ConditionalPixelCNN(0)
 
 
-def test_a_convolution_that_could_not_be_sampled_is_refused():
-    class Unmasked(PixelCNN):
-        def masked_layer(self, mask_type, in_channels, out_channels, kernel_size):
-            return nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
-
-    class Shrinking(PixelCNN):
-        def masked_layer(self, mask_type, in_channels, out_channels, kernel_size):
-            return MaskedConv2d(mask_type, in_channels, out_channels, kernel_size)
-
-    for network_class in (Unmasked, Shrinking):
-        with pytest.raises(ValueError, match="every convolution"):
-            network_class(**SMALL)
-
-
 # ---------------------------------------------------------------------------------------------------------
 # Likelihoods
 

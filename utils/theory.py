@@ -1,7 +1,7 @@
 """The optimal discriminator on densities that are known: D(x) = p_data(x) / (p_data(x) + p_g(x)).
 
-Goodfellow et al. 2014 (arXiv 1406.2661), proposition 1. In one dimension the formula can be drawn and a network
-trained beside it, with the very step that trains the discriminator of step 1.
+Goodfellow et al. 2014 (arXiv 1406.2661), proposition 1. In one dimension it can be drawn beside the output of
+a network, which the discriminator's step of step 1 trains.
 """
 
 import torch
@@ -10,14 +10,13 @@ from torch.distributions import Categorical, MixtureSameFamily, Normal
 
 from models.GAN import train_discriminator
 
-HIDDEN = 32  # units of each of the two hidden layers
 STEPS = 600
 BATCH_SIZE = 1000
 LEARNING_RATE = 2e-2
 
 
 def mixture(weights, means, deviations):
-    """Density of a mixture of Gaussians on the line."""
+    """Return the density of a mixture of Gaussians on the line."""
     parts = Normal(torch.tensor(means), torch.tensor(deviations))
     return MixtureSameFamily(Categorical(torch.tensor(weights)), parts)
 
@@ -27,20 +26,15 @@ P_G = mixture([1.0], [0.0], [1.6])
 
 
 def optimal_discriminator(p_data, p_g, x):
-    """p_data / (p_data + p_g) at each of x."""
+    """Return p_data / (p_data + p_g) at each of x."""
     return torch.sigmoid(p_data.log_prob(x) - p_g.log_prob(x))
 
 
 def trained_discriminator(p_data, p_g, x):
-    """What a network gives at each of x, (N,), that was trained to tell draws of p_data from draws of p_g.
-
-    Repeatable, and leaves the global random state alone.
-    """
+    """Train a network to tell draws of p_data from draws of p_g; return its output at each of x, (N,)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = nn.Sequential(
-            nn.Linear(1, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, 1)
-        )
+        network = nn.Sequential(nn.Linear(1, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1))
         optimizer = torch.optim.Adam(network.parameters(), LEARNING_RATE, fused=True)
         # The rate falls to zero, so that the noise of the last batches averages out.
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)

@@ -172,8 +172,9 @@ def sample(run, path, test_set):
 
 def load_unconditional(run):
     """Return the unconditional network of the same variant, for comparison.png, or None where there is none."""
+    parts = [] if run.args.dataset == data.DATASETS[0] else [f"dataset={run.args.dataset}"]
     try:
-        path = cli.default_folder(STEP, run.args.variant, []) / "model.pt"
+        path = cli.default_folder(STEP, run.args.variant, parts) / "model.pt"
         return load_model(path, run.device, (STEP,))
     except files.UserError as error:
         machine.say(f"comparison.png lacks unconditional samples: {error}")

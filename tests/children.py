@@ -1,8 +1,11 @@
-"""What the processes that the tests start do; importing it imports what every one of them needs.
+"""Functions for the processes that the tests start. The module imports everything that they need.
 
-A test gives a process the step, its flags and hooks, functions that are called first and change how it goes on.
+A test gives a process the step, its flags and hooks. Hooks are functions that are called first and change how the
+run goes on.
 """
 
+import ctypes
+import functools
 import gc
 import json
 import os
@@ -15,17 +18,26 @@ from io import FileIO
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 
 import hw2_step1_main as step1
 import hw2_step2_main as step2
 import hw2_step3_main as step3
-from models.AR import PixelCNN
-from utils import plotting, runs
-from utils.data import load_mnist
+from models import AR
+from utils import cli, files, machine, metrics
+from utils import run as runs
+from utils.data import load_data
+from utils.run import Run
 
 STEPS = {"gan": step1, "pixelcnn": step2, "conditional": step2, "vae": step3}
-FLAGS = {"gan": [], "pixelcnn": [], "conditional": ["--conditional"], "vae": []}
 SMALL = dict(num_layers=1, channels=4, first_kernel_size=5, kernel_size=3, head_channels=4)
+_small = "--num-layers 1 --channels 4 --first-kernel-size 5 --kernel-size 3 --head-channels 4".split()
+FLAGS = {
+    "gan": ["--g-channels", "8", "--d-channels", "8"],
+    "pixelcnn": _small,
+    "conditional": [*_small, "--conditional", "--digit", "7", "--binarize", "stochastic"],
+    "vae": ["--hidden-dims", "8"],
+}
 
 
 def call(folder, function, arguments):
@@ -44,20 +56,11 @@ def run_script(path, flags):
     runpy.run_path(path, run_name="__main__")
 
 
-def print_sum(data_dir):
-    """Load the data and print the sum of the training pixels."""
-    (images, _), _ = load_mnist(data_dir)
-    print(images.sum().item())
-
-
 def train(name, flags, *hooks):
-    """A dry run of one of STEPS, of step 2 with a small network, after the hooks have been called."""
-    step2.DEFAULTS.update(SMALL)
+    """Make a dry run of one of STEPS with a small network, after the hooks have been called."""
     for hook in hooks:
         hook()
-    module = STEPS[name]
-    sys.argv = [module.__file__, "--dry-run", *FLAGS[name], *map(str, flags)]
-    runs.run_main(module.main)
+    sys.exit(STEPS[name].main(["--dry-run", *FLAGS[name], *map(str, flags)]))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -65,13 +68,36 @@ def train(name, flags, *hooks):
 
 
 def set_length(epochs, batches=runs.DRY_RUN_BATCHES):
-    runs.DRY_RUN_EPOCHS, runs.DRY_RUN_BATCHES = epochs, batches
+    cli.DRY_RUN_EPOCHS, runs.DRY_RUN_BATCHES = epochs, batches
 
 
-def draw_nothing():
-    """Leave out the figures and the samples of step 2, which take most of the time of a short run."""
-    plotting.save = lambda figure, *_, **__: plotting.plt.close(figure)
-    PixelCNN._draw = lambda self, num_samples, *_: torch.zeros(num_samples, 1, 28, 28)
+def black_images(network, shape, *_):
+    """Draw nothing in place of `models.ar_sampler.draw_images`."""
+    return torch.zeros(shape)
+
+
+@functools.cache
+def few_images(data_dir, dataset="MNIST", device="cpu", held_out=False):
+    """Load 200 training and 200 test images of MNIST in place of `utils.data.load_data`, whatever the data set."""
+    return tuple(
+        tuple(each[:200] for each in part) for part in load_data(data_dir, "MNIST", device, held_out)
+    )
+
+
+def judge_nothing(run, *_):
+    """Return black samples and a made-up metric in place of `utils.metrics.judge_sampler`."""
+    results = (
+        dict(frechet_distance=files.metric(1.0, "unit", "formula")) if run.args.dataset == "MNIST" else {}
+    )
+    return torch.zeros(10, 1, 28, 28), results
+
+
+def draw_nothing(setting=setattr):
+    """Leave out what takes most of the time of a short run: figures, samples of step 2, their metrics, most images."""
+    setting(cli, "load_data", few_images)
+    setting(Run, "draw", lambda self, name, *_, **__: machine.say(f"drawing {name}"))
+    setting(AR, "draw_images", black_images)
+    setting(metrics, "judge_sampler", judge_nothing)
 
 
 def join_as(rank, port):
@@ -86,37 +112,56 @@ def join_as(rank, port):
 # Hooks: what goes wrong
 
 
-def interrupt(batch, times=1, rank=None):
-    """Ctrl-C in the batch of this number, counted over the epochs, in the process of this rank or in every one."""
+def interrupt(batch, times=1, rank=None, number=signal.SIGINT, setting=setattr):
+    """Send the signal in the batch of this number, counted over the epochs, to the process of this rank or to all."""
     if rank != os.environ.get("RANK"):
         return
-    add, seen = runs.Run.add, []
+    record, seen = Run.record, []
 
     def interrupting(self, *args, **losses):
         seen.append(None)
         if len(seen) == batch:
             for _ in range(times):
-                signal.raise_signal(signal.SIGINT)
-        return add(self, *args, **losses)
+                signal.raise_signal(number)
+        return record(self, *args, **losses)
 
-    runs.Run.add = interrupting
+    setting(Run, "record", interrupting)
 
 
 def wait_for(path):
     """Wait in the first batch for this file, and say so by a file called waiting beside it."""
-    add = runs.Run.add
+    record = Run.record
 
     def waiting(self, *args, **losses):
         (path.parent / "waiting").touch()
         while not path.exists():
             time.sleep(0.01)
-        return add(self, *args, **losses)
+        return record(self, *args, **losses)
 
-    runs.Run.add = waiting
+    Run.record = waiting
+
+
+def print_into_full_device():
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+
+
+def print_into_closed_pipe():
+    """Print into a pipe that nobody reads, as after `| head -n 1`."""
+    reading, writing = os.pipe()
+    os.dup2(writing, 1)
+    os.close(writing)
+    os.close(reading)
+
+
+def be_nobody():
+    """Give up the administrator's rights, to whom every folder is open (capset(2), version 3)."""
+    if os.geteuid() == 0:
+        header, no_rights = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+        assert ctypes.CDLL(None).capset(header, no_rights) == 0
 
 
 def before_write(name, number, action):
-    """Call `action(file)` when the file of this name is opened for its write of this number, before anything is in it."""
+    """Call `action(file)` when the file of this name is opened for its write of this number, while it is empty."""
     seen = []
 
     def opening(path, mode="r", **more):
@@ -127,7 +172,7 @@ def before_write(name, number, action):
                 action(file)
         return file
 
-    runs.open = opening
+    files.open = opening
 
 
 class _File(FileIO):
@@ -182,7 +227,7 @@ def interrupt_in_write(number):
 
 
 def fill_disk(folder, name, number):
-    """Fill the disk of this folder when the file is about to be written, but for a page of a large file."""
+    """Fill the disk of this folder when the file is about to be written. One page of a large file still fits."""
     free = 4096 if name.endswith((".pt", ".png")) else 0
 
     def fill(_):
@@ -211,25 +256,27 @@ def limit_files(name, number):
 
 
 def watch_memory(path):
-    """Write the resident memory after each epoch, in MiB, and the number of open figures, to a JSON file.
+    """Write the resident memory after each epoch, in MiB, and the number of figures at the end, to a JSON file.
 
-    Freed memory goes back to the system, where a growing heap is not hidden by what was freed before.
+    Freed memory goes back to the system. Otherwise a growing heap would be hidden by what was freed before.
     """
-    runs.keep_freed_memory = lambda: None
-    say, resident = runs.Run.say, []
+    machine.keep_freed_memory = lambda: None
+    print_epoch, resident = Run.print_epoch, []
 
     def watching(self, *args, **values):
-        say(self, *args, **values)
+        print_epoch(self, *args, **values)
         gc.collect()
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         resident.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
 
-    runs.Run.say = watching
-    run_main = runs.run_main
+    Run.print_epoch = watching
+    exit_code = cli.exit_code
 
-    def watched(main):
-        run_main(main)
-        content = {"resident": resident, "figures": plotting.plt.get_fignums()}
-        Path(path).write_text(json.dumps(content))
+    def watched(*args):
+        code = exit_code(*args)
+        gc.collect()
+        figures = sum(isinstance(each, Figure) for each in gc.get_objects())
+        Path(path).write_text(json.dumps({"resident": resident, "figures": figures}))
+        return code
 
-    runs.run_main = watched
+    cli.exit_code = watched

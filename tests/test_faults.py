@@ -1,4 +1,4 @@
-"""What goes wrong around a run, produced for real: kills, full disks, damaged files, odd flags.
+"""Faults around a run, produced for real: kills, full and read-only disks, systems that lack something.
 
 The long ones are marked slow: `python -m pytest -m slow` runs them.
 """
@@ -14,15 +14,14 @@ import subprocess
 import time
 import warnings
 from functools import partial
+from importlib.util import find_spec
 
 import pytest
-import torch
 
 from tests import children
 from tests.children import FLAGS, STEPS
-from tests.conftest import ROOT
-from tests.test_runs import assert_refused
-from utils import ablation, plotting, runs
+from tests.conftest import ROOT, assert_refused, content, same
+from utils import files, machine
 
 KILLS = 50
 EPOCHS, BATCHES = 6, 4
@@ -39,21 +38,6 @@ def disk(tmp_path):
         pytest.skip("mounting a small disk takes a Linux system and its administrator")
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def content(folder, name):
-    return torch.load(folder / name, weights_only=True)
-
-
-def same(first, second):
-    """Whether two nested values are equal, tensors bit for bit."""
-    if isinstance(first, torch.Tensor):
-        return torch.equal(first, second)
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
-    if isinstance(first, (list, tuple)):
-        return len(first) == len(second) and all(map(same, first, second))
-    return first == second
 
 
 def assert_same_run(first, second):
@@ -206,7 +190,7 @@ def test_full_disk(name, number, disk, start, whole):
     assert_write_fails(name, number, hook, "No space left", disk, start, whole)
 
 
-@pytest.mark.skipif(not runs.resource, reason="the system has no limit of a file's size")
+@pytest.mark.skipif(not find_spec("resource"), reason="the system has no limit of a file's size")
 @pytest.mark.parametrize("name, number", WRITES)
 def test_file_too_large_for_the_system(name, number, start, whole, tmp_path):
     hook = partial(children.limit_files, name, number)
@@ -214,180 +198,22 @@ def test_file_too_large_for_the_system(name, number, start, whole, tmp_path):
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_read_only_folder_is_said_before_the_training(name, disk, call_step, small_steps):
+def test_read_only_folder_is_said_before_the_training(name, disk, call_step, bare_steps):
     (disk / "trained").mkdir()
     flags = [*FLAGS[name], "--dry-run", "--batch-size", 8, "--out-dir"]
     assert call_step(STEPS[name], *flags, disk / "trained").returncode == 0
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-    for more in ([disk], [disk / "new"], [disk / "trained", "--resume"], [disk / "trained", "--sample-only"]):
+    for more in ([disk], [disk / "new"], [disk / "trained", "--resume"]):
         done = call_step(STEPS[name], *flags, *more)
-        assert_refused(done, "--out-dir")
-        assert "Read-only file system" in done.stderr and "epoch" not in done.stdout
+        assert_refused(done, "--out-dir", "Read-only file system")
+        assert "epoch" not in done.stdout
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Files to be read
-
-
-def trained_folder(call_step, folder, name="vae"):
-    flags = [*FLAGS[name], "--dry-run", "--batch-size", 4, "--out-dir", folder]
-    assert call_step(STEPS[name], *flags).returncode == 0
-    return flags
-
-
-def fill_with_nan(value):
-    """The same nested value with every floating tensor NaN."""
-    if isinstance(value, torch.Tensor):
-        return torch.full_like(value, torch.nan) if value.is_floating_point() else value
-    if isinstance(value, dict):
-        return {key: fill_with_nan(each) for key, each in value.items()}
-    return [*map(fill_with_nan, value)] if isinstance(value, list) else value
-
-
-@pytest.mark.parametrize("name", STEPS)
-def test_checkpoints_and_models_of_nan_or_of_another_network(name, call_step, small_steps, tmp_path):
-    flags = trained_folder(call_step, tmp_path, name)
-    good = {file: content(tmp_path, file) for file in ("checkpoint.pt", "model.pt")}
-    torch.save(fill_with_nan(good["checkpoint.pt"]), tmp_path / "checkpoint.pt")
-    assert_refused(call_step(STEPS[name], *flags, "--resume"), "not finite")
-    torch.save(fill_with_nan(good["model.pt"]), tmp_path / "model.pt")
-    assert_refused(call_step(STEPS[name], *flags, "--sample-only"), "not finite")
-
-    # Weights of other shapes than the network's, and those of another one.
-    tracked = {
-        key: {inner: value[:1] if isinstance(value, torch.Tensor) and value.dim() else value
-              for inner, value in state.items()}
-        for key, state in good["checkpoint.pt"]["tracked"].items()
-    }  # fmt: skip
-    torch.save({**good["checkpoint.pt"], "tracked": tracked}, tmp_path / "checkpoint.pt")
-    assert_refused(call_step(STEPS[name], *flags, "--resume"), "does not fit")
-    other = {"weight": torch.zeros(3)}
-    torch.save({**good["model.pt"], "weights": other}, tmp_path / "model.pt")
-    assert_refused(call_step(STEPS[name], *flags, "--sample-only"), "train anew")
-
-
-def test_damage_at_random_places_is_seen(tmp_path):
-    """Bytes changed, cut off, put in or taken out: refused, unless what is read is what was written."""
-    path, chance = tmp_path / "checkpoint.pt", random.Random(0)
-    saved = {"step": "a", "weights": {"w": torch.randn(20, 5)}, "position": [1, 2]}
-    runs.save_tensors(path, saved)
-    good, refused = path.read_bytes(), 0
-    for _ in range(400):
-        at, length = chance.randrange(len(good)), chance.choice([1, 1, 3, 50])
-        kind = chance.choice(["change", "cut", "insert", "remove"])
-        end = at if kind == "insert" else len(good) if kind == "cut" else at + length
-        put = chance.randbytes(length) if kind in ("change", "insert") else b""
-        path.write_bytes(good[:at] + put + good[end:])
-        try:
-            assert same(runs.load_tensors(path, ("a",), "checkpoint"), saved)
-        except runs.UserError:
-            refused += 1
-    assert refused > 300
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The command line
-
-ANYTHING = ["", "-1", "nan", "inf", "1e999", "0x10", "ten", "1.5", "--", "é", "9" * 30]
-
-
-def numbers(least, *more):
-    """Valid and invalid values of a flag that takes a whole number."""
-    return [str(least), str(least + 3), *more], [str(least - 1), *(each for each in ANYTHING)]
-
-
-VALUES = {
-    "--epochs": numbers(1, "1000"),
-    "--batch-size": numbers(1, "64", str(2**63 - 1)),
-    "--seed": numbers(0, str(2**63 - 1)),
-    "--minutes": (["0.001", "5", "1e300"], ["0", "0.0", "-1", "nan", "inf", "ten", ""]),
-    "--device": (["auto", "cpu"], ["tpu", "", "CPU"]),
-    "--held-out": ([None], ["yes"]),
-}
-OWN_VALUES = {
-    "gan": {"--d-freq": numbers(1, "2", "1000")},
-    "pixelcnn": {
-        "--digit": (list("0379"), ["10", "-1", "three", ""]),
-        "--binarize": (["threshold", "stochastic"], ["maybe", "", "none"]),
-    },
-    "vae": {
-        "--kl-coeff": (["0", "0.5", "1", "1e-30"], ["-1", "nan", "inf", "much", ""]),
-        "--latent-dim": numbers(2, "20"),
-        "--bound-samples": numbers(1, "500"),
-    },
-}
-OWN_VALUES["conditional"] = OWN_VALUES["pixelcnn"]
-# Of these at most one.
-MODES = ["--ablation", "--resume", "--sample-only", "--list-variants"]
-
-
-def draw_flags(name, chance):
-    """A valid combination: pairs of a flag and its value, None for a flag without one."""
-    values = {**VALUES, **OWN_VALUES[name], "--variant": ([*STEPS[name].VARIANTS], None)}
-    pairs = [(flag, chance.choice(valid)) for flag, (valid, _) in values.items() if chance.random() < 0.4]
-    chance.shuffle(pairs)
-    if {"--epochs", "--minutes"} <= {flag for flag, _ in pairs}:
-        excluded = chance.choice(["--epochs", "--minutes"])
-        pairs = [pair for pair in pairs if pair[0] != excluded]
-    return pairs
-
-
-def spell(pairs, chance):
-    """The pairs as the command line has them: in one argument or in two."""
-    arguments = []
-    for flag, value in pairs:
-        arguments += [flag] if value is None else chance.choice([[flag, value], [f"{flag}={value}"]])
-    return arguments
-
-
-class Accepted(Exception):
-    """The command line was accepted, and the run would start."""
-
-
-@pytest.mark.parametrize("name", STEPS)
-def test_valid_flags_are_accepted_and_invalid_ones_refused(name, call_step, monkeypatch, capsys, tmp_path):
-    """200 random combinations of each; one invalid value anywhere in a valid one is refused in one line."""
-    chance, module = random.Random(name), STEPS[name]
-
-    def accept(*_, **__):
-        raise Accepted
-
-    monkeypatch.setattr(runs, "Run", accept)
-    monkeypatch.setattr(ablation, "run_all", accept)
-    invalid = {flag: wrong for flag, (_, wrong) in {**VALUES, **OWN_VALUES[name]}.items()}
-    invalid |= {"--variant": ["nonsense", ""], "--seeds": numbers(1)[1], "--nonsense": [None, "1"]}
-    for _ in range(200):
-        pairs = draw_flags(name, chance)
-        more = chance.choice(
-            [[], [("--dry-run", None)], [("--seeds", "2")], [(chance.choice(MODES[:3]), None)]]
-        )
-        valid = [*FLAGS[name], *spell([*pairs, *more], chance)]
-        with pytest.raises(Accepted):
-            call_step(module, *valid)
-        flag = chance.choice([*invalid])
-        kept = [pair for pair in pairs if pair[0] != flag]
-        value = chance.choice(invalid[flag])
-        wrong = flag if value is None else f"{flag}={value}"
-        at = chance.randint(0, len(kept))
-        arguments = [*spell(kept[:at], chance), wrong, *spell(kept[at:], chance)]
-        done = call_step(module, *FLAGS[name], *arguments, "--out-dir", tmp_path / "out")
-        assert done.returncode == 2, arguments
-        assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", STEPS)
-def test_random_flags_dry_run(name, start, tmp_path):
-    """Five random combinations of each: a run, the same resumed, and its samples, all with exit code 0."""
-    chance = random.Random(f"{name} for real")
-    for index in range(5):
-        arguments = spell(draw_flags(name, chance), chance)
-        for mode in ([], ["--resume"], ["--sample-only"]):
-            flags = [*arguments, "--out-dir", tmp_path / str(index), *mode]
-            done = start(children.train, name, flags, children.draw_nothing).end()
-            assert done.returncode == 0, (flags, done.stderr)
-            assert not done.stderr or "comparison" in done.stdout, (flags, done.stderr)
+def test_samples_into_a_read_only_folder(disk, call_step, trained):
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    for folder in (disk, disk / "new"):
+        flags = ["--sample-only", "--model", trained["gan"] / "model.pt", "--out-dir", folder]
+        assert_refused(call_step(STEPS["gan"], *flags), "--out-dir", "Read-only file system")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -395,8 +221,8 @@ def test_random_flags_dry_run(name, start, tmp_path):
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_nothing_that_other_systems_lack(name, call_step, small_steps, monkeypatch, tmp_path):
-    """No fork, no process, no display, no file locks or limits, no libc, no affinity: as on Windows."""
+def test_nothing_that_other_systems_lack(name, call_step, bare_steps, monkeypatch, tmp_path):
+    """No fork, no process, no display, no file locks, no libc, no affinity: as on Windows."""
 
     def refuse(*_, **__):
         raise AssertionError("a process was started")
@@ -405,16 +231,14 @@ def test_nothing_that_other_systems_lack(name, call_step, small_steps, monkeypat
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
     monkeypatch.setattr(subprocess, "Popen", refuse)
-    monkeypatch.setattr(runs, "fcntl", None)
-    monkeypatch.setattr(runs, "resource", None)
-    monkeypatch.setattr(runs.ctypes, "CDLL", refuse_library)
+    monkeypatch.setattr(files, "fcntl", None)
+    monkeypatch.setattr(machine.ctypes, "CDLL", refuse_library)
     for variable in ("DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(variable, raising=False)
-    trained_folder(call_step, tmp_path, name)
-    assert plotting.plt.get_fignums() == [], "every figure is closed"
-    assert plotting.matplotlib.get_backend().lower() == "agg"
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["peak_memory"]["value"] is None
+    flags = [*FLAGS[name], "--dry-run", "--batch-size", 4, "--out-dir", tmp_path]
+    done = call_step(STEPS[name], *flags)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "metrics.json").exists()
 
 
 def refuse_library(_):
@@ -433,14 +257,14 @@ def test_sources_compile_without_a_warning(path):
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="the system does not say")
 @pytest.mark.parametrize("name", STEPS)
-def test_memory_does_not_grow_over_20_epochs(name, start, tmp_path):
-    """Batches of 300 images: one kept from each epoch would be 14 MiB after fifteen epochs."""
-    length = partial(children.set_length, 20)
+def test_memory_does_not_grow_over_40_epochs(name, start, tmp_path):
+    """With batches of 300 images. One batch kept from each epoch would be 23 MiB after 25 epochs."""
+    length = partial(children.set_length, 40)
     watch = partial(children.watch_memory, tmp_path / "memory.json")
-    flags = ["--epochs", 20, "--batch-size", 300, "--out-dir", tmp_path / "run"]
+    flags = ["--epochs", 40, "--batch-size", 300, "--out-dir", tmp_path / "run"]
     done = start(children.train, name, flags, length, watch).end()
     assert done.returncode == 0, done.stderr
     seen = json.loads((tmp_path / "memory.json").read_text())
-    resident = seen["resident"]
-    print(f"{name}: {resident[-16]:.0f} MiB after 5 epochs, {resident[-1]:.0f} MiB after 20")
-    assert resident[-1] - resident[-16] < 8 and seen["figures"] == []
+    early, late = max(seen["resident"][8:13]), min(seen["resident"][-5:])
+    print(f"{name}: {early:.0f} MiB after 10 epochs, {late:.0f} MiB after 40")
+    assert late - early < 10 and seen["figures"] == 0

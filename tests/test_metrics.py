@@ -10,7 +10,7 @@ import torch
 from models.classifier import Classifier
 from tests.conftest import ROOT
 from utils import metrics
-from utils.data import binarize, load_mnist
+from utils.data import binarize, load_data
 
 
 def test_frechet_distance_of_gaussians():
@@ -108,38 +108,70 @@ def test_nearest_by_brute_force(monkeypatch):
     assert metrics.nearest(samples, images).tolist() == expected
 
 
-def test_classifier_is_as_good_as_it_says():
-    _, (images, labels) = load_mnist(ROOT / "data")
-    stated = json.loads((metrics.CLASSIFIER_FOLDER / "metrics.json").read_text())
+def test_neighbour_accuracy_by_brute_force():
+    points, references = torch.randn(40, 3), torch.randn(60, 3)
+    labels, theirs = torch.randint(3, (40,)), torch.randint(3, (60,))
+    hits = 0
+    for point, label in zip(points.tolist(), labels.tolist()):
+        distances = [math.dist(point, other) for other in references.tolist()]
+        hits += theirs[distances.index(min(distances))].item() == label
+    assert 0 < hits < 40
+    assert metrics.neighbour_accuracy(points, labels, references, theirs) == pytest.approx(hits / 40)
+
+
+@pytest.fixture(scope="module")
+def mnist():
+    return load_data(ROOT / "data")
+
+
+def test_classifier_is_as_good_as_it_says(mnist):
+    _, (images, labels) = mnist
+    stated = json.loads((metrics.classifier_folder("MNIST") / "metrics.json").read_text())
     for how in ("none", "threshold", "stochastic"):
-        x = binarize(images[:1000], how, torch.Generator().manual_seed(1))
-        accuracy = (metrics.classify(x) == labels[:1000]).double().mean().item()
+        x = binarize(images[:400], how, torch.Generator().manual_seed(1))
+        accuracy = (metrics.classify(x) == labels[:400]).double().mean().item()
         assert accuracy == pytest.approx(stated[f"accuracy_{how}"]["value"], abs=0.01)
         assert stated[f"accuracy_{how}"]["value"] >= 0.992
 
 
-def test_judge_takes_a_tensor_of_images(monkeypatch):
-    """Test images judged against test images are as good as can be, noise and a single digit are not."""
-    train_set, (images, labels) = load_mnist(ROOT / "data")
-    # The time goes with the product of the numbers of images.
-    few = images[:1500], labels[:1500]
-    monkeypatch.setattr(
-        metrics, "load_mnist", lambda data_dir, device, held_out=False: (None, train_set if held_out else few)
-    )
+@pytest.fixture
+def few(mnist, monkeypatch):
+    """Judge by 300 test images and 200 images for the Parzen window."""
+    train_set, (images, labels) = mnist
+    few = train_set, (images[:300], labels[:300])
+    monkeypatch.setattr(metrics, "load_data", lambda *_: few)
     monkeypatch.setattr(metrics, "NUM_SIGMA_IMAGES", 200)
-    digits = images[:500].float() / 255
-    good, noise = metrics.judge(digits), metrics.judge(torch.rand(500, 1, 28, 28))
-    ones = metrics.judge(images[labels == 1][:500].float() / 255)
+    return few[1]
+
+
+def test_judge_takes_a_tensor_of_images(mnist, few, monkeypatch):
+    """Test images are as good as can be by the test images, and noise and a single digit are not."""
+    _, (images, labels) = mnist
+    digits = few[0][:200].float() / 255
+    good, noise = metrics.judge(digits), metrics.judge(torch.rand(200, 1, 28, 28))
+    ones = metrics.judge(images[labels == 1][:200].float() / 255)
     value = {name: [each[name]["value"] for each in (good, ones, noise)] for name in good}
     assert value["precision"][0] == 1 and value["precision"][2] < 0.05
     assert value["frechet_distance"][0] < value["frechet_distance"][1] < value["frechet_distance"][2]
     assert value["classifier_score"][0] > 9.5 and value["classifier_score"][1] < 1.2
     assert value["largest_share"][1] > 0.98 and value["smallest_share"][1] < 0.01
     assert value["parzen"][0] > value["parzen"][1] > value["parzen"][2]
-    assert all(entry["unit"] and entry["formula"] and entry["samples"] == 500 for entry in good.values())
-    assert good["coverage"]["floor"] is None  # which is that of 10,000 images
-    monkeypatch.setattr(metrics, "NUM_JUDGED", 500)
+    assert all(entry["unit"] and entry["formula"] and entry["samples"] == 200 for entry in good.values())
+    assert good["coverage"]["floor"] is None  # which is for 10,000 samples
+    monkeypatch.setattr(metrics, "NUM_JUDGED", 200)
     assert metrics.judge(digits)["coverage"]["floor"] > 0.9
+
+
+def test_judge_takes_samples_of_any_precision(few):
+    digits = (few[0][:20] > 127).to(torch.uint8)
+    double, single = (metrics.judge(digits.to(kind), num_real=20) for kind in (torch.double, torch.float))
+    assert double == single
+
+
+def test_a_data_set_without_a_classifier_has_the_parzen_window_alone(few, monkeypatch, tmp_path):
+    monkeypatch.setattr(metrics.files, "ROOT", tmp_path)
+    judged = metrics.judge(torch.rand(6, 1, 28, 28), num_real=20, dataset="KMNIST")
+    assert judged.keys() == {"parzen", "parzen_error", "parzen_sigma"}
 
 
 @pytest.mark.parametrize(

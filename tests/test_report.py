@@ -17,34 +17,38 @@ pytestmark = pytest.mark.skipif(
 
 
 def build(folder):
-    """latexmk in the project's copy; returns the finished process."""
+    """Run latexmk in a copy of the project; return the finished process."""
     return subprocess.run(
         ["latexmk"], cwd=folder / "report", capture_output=True, text=True, errors="replace", timeout=TIMEOUT
     )
 
 
 def text(path):
-    return subprocess.run(["pdftotext", "-layout", path, "-"], capture_output=True, check=True).stdout.decode()
+    return subprocess.run(
+        ["pdftotext", "-layout", path, "-"], capture_output=True, check=True
+    ).stdout.decode()
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """A copy of what the report is made of, and its build."""
+    """Copy what the report is made of, and build it there."""
     folder = tmp_path_factory.mktemp("project")
-    sources = [*ROOT.glob("hw2_*.py"), *ROOT.glob("models/*.py"), *ROOT.glob("report/*.py")]
-    sources += [*ROOT.glob("report/*.bib"), *set(ROOT.glob("report/*.tex")) - {ROOT / "report" / "numbers.tex"}]
+    patterns = "hw2_*.py models/*.py utils/*.py report/*.py report/*.bib report/*.tex".split()
+    sources = {path for pattern in patterns for path in ROOT.glob(pattern)} - {
+        ROOT / "report" / "numbers.tex"
+    }
     for path in [*sources, ROOT / "report" / "latexmkrc"]:
         target = folder / path.relative_to(ROOT)
         target.parent.mkdir(exist_ok=True)
         shutil.copy(path, target)
-    shutil.copytree(ROOT / "results", folder / "results", ignore=shutil.ignore_patterns("*.pt"))
+    shutil.copytree(ROOT / "results", folder / "results", ignore=shutil.ignore_patterns("*.pt", "runs"))
     done = build(folder)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
     return folder
 
 
 def words(path):
-    """Another version of TeX may break lines and pages elsewhere, so hyphens and the order are left out."""
+    """Return the words, sorted and without hyphens, because another version of TeX may break lines elsewhere."""
     return sorted(re.sub(r"-\n\s*|-", "", text(path)).split())
 
 

@@ -3,11 +3,10 @@
 import itertools
 import json
 import math
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 from torch.distributions import Bernoulli, Normal
 from torch.distributions import kl_divergence as kl_of
@@ -22,9 +21,10 @@ from models.VAE import (
     plane_log_likelihood,
     reconstruction_loss,
 )
+from tests import children
 from tests.conftest import ROOT
-from utils import ablation, metrics, runs
-from utils.data import binarize, load_mnist
+from utils import vae_results
+from utils.data import binarize, load_data
 
 
 def test_architecture_and_shapes():
@@ -119,9 +119,9 @@ def test_sampling_is_repeatable_and_leaves_the_global_state():
     assert not torch.equal(images, model.sample(4, torch.Generator().manual_seed(1)))
 
 
-def constant_model(logit=0.0):
-    """Whatever z, every pixel is on with probability sigmoid(logit); q(z|x) = N((1, -0.5), diag(1/4, 2))."""
-    model = VAE_model(784, [16, 4])
+def constant_model(logit=0.0, num_pixels=784):
+    """Return a model with q(z|x) = N((1, -0.5), diag(1/4, 2)) whose pixels are on with probability sigmoid(logit)."""
+    model = VAE_model(num_pixels, [16, 4])
     for parameter in model.parameters():
         nn.init.zeros_(parameter)
     nn.init.constant_(model.decoder[-2].bias, logit)
@@ -131,12 +131,12 @@ def constant_model(logit=0.0):
 
 @pytest.mark.parametrize("prior_share", [0.0, 0.3, 0.5, 1.0])
 def test_the_bound_of_a_decoder_that_ignores_z(prior_share):
-    """log p(x) is that of independent pixels; what is averaged is then p(z) / r(z), whose mean is one."""
-    x = (torch.rand(3, 1, 28, 28) < 0.2).float()
+    """The pixels are independent, which gives log p(x). The bound averages p(z) / r(z), whose mean is one."""
+    x = (torch.rand(3, 1, 4, 4) < 0.2).float()
     expected = Bernoulli(logits=torch.tensor(-1.0)).log_prob(x).sum((1, 2, 3))
-    bound = importance_bound(constant_model(-1.0), x, 50_000, prior_share=prior_share)
-    # Samples from the prior alone are exact, with each weight one. Those of the narrow q alone leave rare, large
-    # weights: their variance does not exist, and the error falls slowly.
+    bound = importance_bound(constant_model(-1.0, 16), x, 50_000, prior_share=prior_share)
+    # Samples from the prior alone are exact, with each weight one. Samples from the narrow q alone leave rare, large
+    # weights. Their variance does not exist, and the error falls slowly.
     tolerance = {0.0: 0.3, 0.3: 0.03, 0.5: 0.03, 1.0: 1e-3}[prior_share]
     assert torch.allclose(bound, expected, atol=tolerance, rtol=0)
 
@@ -171,33 +171,38 @@ def test_a_mixture_proposal_is_unbiased():
 
 @pytest.fixture(scope="module")
 def trained():
-    """The committed model and 100 binarised test digits."""
-    _, (images, _) = load_mnist(ROOT / "data")
-    x = binarize(images[:100], "stochastic", torch.Generator().manual_seed(0))
-    return step3.load_model(ROOT / "results" / step3.STEP / "model.pt"), x
+    """The committed model, 40 binarised test digits and their log p(x) by integration over the plane."""
+    _, (images, _) = load_data(ROOT / "data")
+    x = binarize(images[:40], "stochastic", torch.Generator().manual_seed(0))
+    model = step3.load_model(ROOT / "results" / step3.STEP / "model.pt")
+    return model, x, plane_log_likelihood(model, x)
+
+
+def test_the_grid_of_the_integration_is_fine_enough(trained):
+    """A grid that is shifted by half its spacing gives the same mean."""
+    model, x, exact = trained
+    shifted = plane_log_likelihood(model, x, spacing=0.04, half_width=5.02)
+    assert not torch.equal(shifted, exact) and abs(shifted.mean() - exact.mean()) < 0.02
 
 
 def test_the_bound_agrees_with_integration_over_the_plane(trained):
-    """To 0.1 nat in the mean of 100 test images, with half of 10,000 samples from the prior."""
-    model, x = trained
-    exact = plane_log_likelihood(model, x, spacing=0.02)
-    bound = importance_bound(model, x, 10_000, prior_share=0.5)
+    """The means agree to 0.1 nat, with half of 3,000 samples from the prior."""
+    model, x, exact = trained
+    bound = importance_bound(model, x, 3000, prior_share=0.5)
     assert abs(bound.mean() - exact.mean()) < 0.1
-    # By image: where q(z|x) is misplaced, a handful of the prior's samples are what counts.
+    # Where q(z|x) is misplaced, only a handful of the prior's samples count.
     assert (bound - exact).abs().quantile(0.9) < 0.5
-    # The grid of the reported figure is twice as coarse, and fine enough.
-    assert abs(plane_log_likelihood(model, x).mean() - exact.mean()) < 0.01
 
 
 def test_the_bound_grows_with_the_samples_from_the_elbo_to_log_p(trained):
-    """In expectation; the means over 100 images of independent draws have standard errors of about 0.1 nat."""
-    model, x = trained
+    """This holds in expectation. The means of independent draws have standard errors of about 0.2 nat."""
+    model, x, exact = trained
     torch.manual_seed(0)
     with torch.no_grad():
         elbo = -sum(sum(step3.loss_terms(model, x)).item() for _ in range(100)) / 100
     bounds = [importance_bound(model, x, count).mean().item() for count in (1, 10, 100, 1000)]
-    assert bounds[0] == pytest.approx(elbo, abs=0.5)
-    assert elbo < bounds[1] < bounds[2] < bounds[3] < plane_log_likelihood(model, x).mean().item()
+    assert bounds[0] == pytest.approx(elbo, abs=0.6)
+    assert elbo < bounds[1] < bounds[2] < bounds[3] < exact.mean().item()
 
 
 def test_estimates_are_repeatable_and_leave_the_global_state():
@@ -238,50 +243,52 @@ def test_active_units_are_those_whose_mean_varies():
     assert active_units(torch.ones(4, 3)) == 0
 
 
-def test_neighbour_accuracy_by_brute_force():
-    points, references = torch.randn(40, 3), torch.randn(60, 3)
-    labels, theirs = torch.randint(3, (40,)), torch.randint(3, (60,))
-    hits = 0
-    for point, label in zip(points.tolist(), labels.tolist()):
-        distances = [math.dist(point, other) for other in references.tolist()]
-        hits += theirs[distances.index(min(distances))].item() == label
-    assert 0 < hits < 40
-    assert metrics.neighbour_accuracy(points, labels, references, theirs) == pytest.approx(hits / 40)
-
-
 def test_the_typical_image_is_nearest_to_the_median():
     means = torch.tensor([[0.0, 0.0], [9.0, 9.0], [1.0, 1.0], [2.0, 2.0], [50.0, 50.0]])
-    assert step3.typical(means, torch.tensor([3, 7, 3, 3, 7]), 3) == 2
+    assert vae_results.typical(means, torch.tensor([3, 7, 3, 3, 7]), 3) == 2
+
+
+def test_the_latent_plane_has_z_1_to_the_right_and_z_2_upwards():
+    """The first row has the largest z_2. Further latent dimensions stay at zero."""
+    model, decoded = VAE_model(784, [16, 6]), []
+    model.decode = lambda z: decoded.append(z) or torch.zeros(len(z), 784)
+    assert vae_results.decode_plane(model, 3).shape == (9, 1, 28, 28)
+    low = Normal(0.0, 1.0).icdf(torch.tensor(1 / 6)).item()  # thirds of the prior, each by its median
+    expected = torch.tensor([[x, y, 0.0] for y in (-low, 0, low) for x in (low, 0, -low)])
+    assert torch.allclose(decoded[0], expected, atol=1e-6)
 
 
 def test_kl_warm_up_rises_to_the_weight():
-    options = dict(kl_coeff=2.0, kl_warm_up=0.25)
-    assert [step3.kl_weight(options, share) for share in (0, 0.125, 0.25, 0.9)] == [0, 1, 2, 2]
-    assert step3.kl_weight({**options, "kl_warm_up": 0.0}, 0) == 2
+    assert [step3.kl_weight(2.0, 0.25, done) for done in (0, 0.125, 0.25, 0.9)] == [0, 1, 2, 2]
+    assert step3.kl_weight(2.0, 0.0, 0) == 2
 
 
-def test_training_warms_the_kl_term_up_and_ends_on_undistorted_images(call_step, monkeypatch, tmp_path):
+@pytest.fixture
+def no_metrics(bare_steps, monkeypatch):
+    monkeypatch.setattr(vae_results, "write_metrics", lambda run, *_: run.finish())
+
+
+def test_training_warms_the_kl_term_up_and_ends_on_undistorted_images(
+    call_step, monkeypatch, no_metrics, tmp_path
+):
     coeffs, loss_func, distorted = [], step3.loss_func, []
     monkeypatch.setattr(
         step3, "loss_func", lambda model, x, coeff: coeffs.append(coeff) or loss_func(model, x, coeff)
     )
-    monkeypatch.setattr(step3, "distort", lambda images, share: distorted.append(share) or images)
-    for name, value in dict(kl_warm_up=0.5, distorted=0.3, distorted_until=0.6).items():
-        monkeypatch.setitem(step3.DEFAULTS, name, value)
-    done = call_step(step3, "--dry-run", "--kl-coeff", 3, "--batch-size", 8, "--out-dir", tmp_path)
+    monkeypatch.setattr(step3.data, "distort", lambda images, share: distorted.append(share) or images)
+    flags = ["--kl-coeff", 3, "--kl-warm-up", 0.5, "--distorted", 0.3, "--distorted-until", 0.6]
+    flags += ["--batch-size", 8, *children.FLAGS["vae"]]
+    done = call_step(step3, "--dry-run", *flags, "--out-dir", tmp_path)
     assert done.returncode == 0, done.stderr
     assert coeffs == pytest.approx([0, 1, 2, 3, 3, 3])
     assert distorted == [0.3] * 4
 
 
-def test_minutes_limit_the_training(call_step, monkeypatch, tmp_path):
-    """On few images, many short epochs until the time is over, and the learning rate falls with the time."""
-    few = [(images[:200], labels[:200]) for images, labels in load_mnist(ROOT / "data")]
-    monkeypatch.setattr(step3, "load_mnist", lambda *_: few)
-    monkeypatch.setattr(step3, "write_metrics", lambda run, *_: run.finish())
-    monkeypatch.setattr(step3, "draw_images", lambda *_: None)
-    minutes = 0.05
-    done = call_step(step3, "--minutes", minutes, "--batch-size", 20, "--out-dir", tmp_path)
+def test_minutes_limit_the_training(call_step, no_metrics, tmp_path):
+    """On few images, there are many short epochs until the time is over. The learning rate falls with the time."""
+    minutes = 0.03
+    flags = ["--minutes", minutes, "--batch-size", 20, *children.FLAGS["vae"]]
+    done = call_step(step3, *flags, "--out-dir", tmp_path)
     assert done.returncode == 0, done.stderr
     seconds = json.loads((tmp_path / "metrics.json").read_text())["wall_time"]["value"]
     # The last checkpoint is written after the clock is read.
@@ -290,38 +297,17 @@ def test_minutes_limit_the_training(call_step, monkeypatch, tmp_path):
     assert schedule["_last_lr"] == [pytest.approx(0, abs=3e-4)]
 
 
-def test_an_ablation_leaves_variants_of_the_epochs_their_own_length(call_step, monkeypatch, tmp_path):
-    lengths = {}
-
-    def start(command, **_):
-        flags = dict(zip(command, command[1:]))
-        name = flags.get("--variant")
-        lengths[name] = flags.get("--epochs")
-        folder = runs.run_folder(Path(flags["--out-dir"]), name)
-        folder.mkdir(parents=True)
-        (folder / "metrics.json").write_text(json.dumps({"wall_time": {"value": 1.0}}))
-        return subprocess.CompletedProcess(command, 0)
-
-    monkeypatch.setattr(ablation.subprocess, "run", start)
-    monkeypatch.setattr(step3, "draw_ablation", lambda *_: None)
-    for folder, more, expected in (("a", [], step3.ABLATION_LENGTH[1]), ("b", ["--epochs", "3"], "3")):
-        lengths.clear()
-        flags = ["--ablation", "--seeds", "1", "--out-dir", tmp_path / folder, *more]
-        assert call_step(step3, *flags).returncode == 0
-        assert {None, "epochs-4", "epochs-16"} < lengths.keys() and not {*step3.NOT_COMPARABLE} & lengths.keys()
-        own = {name: length for name, length in lengths.items() if length != expected}
-        assert own == ({} if more else {"epochs-4": None, "epochs-16": None})
-    lengths.clear()
-    flags = ["--ablation", "--variant", "long-20", "--seeds", "1", "--out-dir", tmp_path / "c"]
-    assert call_step(step3, *flags).returncode == 0
-    assert lengths == {None: None, "long-20": None}  # both at full length
-
-
-def test_final_figures_are_labelled(call_step, tmp_path):
-    """Three latent dimensions: no integration over a plane, everything else."""
-    flags = ["--dry-run", "--latent-dim", 3, "--bound-samples", 2, "--out-dir", tmp_path]
-    done = call_step(step3, *flags)
+def test_three_latent_dimensions_have_every_figure_and_labelled_metrics(call_step, monkeypatch, tmp_path):
+    """They lack only the integration over the plane."""
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, file, **_: file.write(b"drawn")
+    )  # which takes longest
+    monkeypatch.setattr(vae_results, "FINE_SIDE", 5)
+    flags = ["--latent-dim", 3, "--hidden-dims", 16, "--bound-samples", 2, "--out-dir", tmp_path]
+    done = call_step(step3, "--dry-run", *flags)
     assert done.returncode == 0, done.stderr
+    figures = "latent_plane latent_means posterior reconstructions extremes walk territories samples loss"
+    assert {f"{name}.png" for name in figures.split()} == {path.name for path in tmp_path.glob("*.png")}
     results = json.loads((tmp_path / "metrics.json").read_text())
     for suffix, pixels in (("", "dynamically"), ("_grey", "grey"), ("_threshold", "thresholded")):
         for name in ("negative_elbo", "reconstruction", "kl", "bound"):

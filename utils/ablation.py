@@ -41,7 +41,7 @@ def run_all(script, folder, args, variants, given, length=(), flags=(), left_out
     names = _names(args, variants, left_out)
     given = [*(["--held-out", *flags] if args.ablation else []), *given]
     at_full_length = args.variant in left_out and "num_epochs" in variants[args.variant][1]
-    if not args.ablation or args.num_epochs or args.minutes or at_full_length:
+    if not args.ablation or "num_epochs" in args or args.minutes or at_full_length:
         length = ()
 
     def place(name, seed):
@@ -59,7 +59,7 @@ def run_all(script, folder, args, variants, given, length=(), flags=(), left_out
 
     files.make_folder(place_of_all)
     with files.lock(place_of_all):
-        _keep_flags(place_of_all, [*length, *given], args.restart)
+        _keep_flags(place_of_all, [*length, *given])
         runs = [(name, seed) for name in names for seed in seeds]
         to_do = [run for run in runs if args.restart or not _is_complete(place(*run))]
         _train_all([(*run, command(*run)) for run in to_do], machine.find_device(args.device))
@@ -107,7 +107,8 @@ def _train_all(commands, device):
                 failure = future.result()
                 if failure:
                     failures.append(f"the run of {name or 'default'} with seed {seed} failed: {failure}")
-                tqdm.write(failures[-1] if failure else f"{name or 'default'}, seed {seed}: done")
+                with tqdm.external_write_mode():
+                    machine.say(failures[-1] if failure else f"{name or 'default'}, seed {seed}: done")
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -117,15 +118,15 @@ def _train_all(commands, device):
         )
 
 
-def _keep_flags(folder, given, restart):
+def _keep_flags(folder, given):
     """Write the flags of the runs into flags.json. Earlier runs in the folder must have the same flags."""
     path = folder / "flags.json"
-    if path.exists() and not restart:
+    if path.exists():
         kept = json.loads(path.read_text())
         if kept != given:
             raise UserError(
-                f"the runs in {folder} have the flags {' '.join(kept) or '(none)'}: take the same flags, another "
-                "--out-dir, or --restart to train them anew"
+                f"the runs in {folder} have the flags {' '.join(kept) or '(none)'}: take the same flags or another "
+                "--out-dir"
             )
         return
     files.write_json(path, given)

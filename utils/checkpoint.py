@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside the training's own state, when a run may go on from one, and whether a run is finished."""
+"""Checks of a run and its checkpoint, and the states of the random generators."""
 
 import json
 import math
@@ -12,7 +12,7 @@ KEPT = "the checkpoint before it is kept; lower the learning rate or choose anot
 
 
 def random_states(device):
-    """Return the states of the global random generators of the CPU and of the device, by name."""
+    """Return the states of the global random generators of the CPU and the device, by name."""
     states = {"cpu": torch.get_rng_state()}
     if device.type != "cpu":
         states[device.type] = getattr(torch, device.type).get_rng_state()
@@ -27,32 +27,25 @@ def set_random_states(states, device):
 
 
 def require_same(theirs, ours, path, has_schedule):
-    """Check that a run with the settings `ours` may resume the checkpoint of a run with `theirs`.
+    """Raise UserError unless a run with the settings `ours` may resume the checkpoint of a run with `theirs`.
 
     More epochs are allowed unless the training has a schedule, whose learning rates depend on their number.
-
-    Raises:
-        UserError: it may not; the message names the setting.
     """
     different = [key for key in ours if theirs.get(key) != ours[key]]
-    if different == ["num_epochs"]:
-        if has_schedule:
-            raise UserError(
-                f"{path} was trained for {theirs['num_epochs']} epochs, and its learning rate falls to zero at "
-                "their end, so it cannot be lengthened: train anew with --epochs"
-            )
-        if ours["num_epochs"] > theirs["num_epochs"]:
-            return
-    if different:
-        key = different[0]
-        raise UserError(
-            f"{path} was trained with {key} {theirs.get(key)}, not {ours[key]}: resume with the same flags, or begin "
-            "anew with --restart"
+    if different == ["num_epochs"] and has_schedule:
+        why = (
+            "its learning rate falls to zero at the end, so it cannot be lengthened: train anew with --epochs"
         )
+        raise UserError(f"{path} was trained for {theirs['num_epochs']} epochs, and {why}")
+    if different == ["num_epochs"] and ours["num_epochs"] > theirs["num_epochs"]:
+        return
+    for key in different:
+        hint = "resume with the same flags, or begin anew with --restart"
+        raise UserError(f"{path} was trained with {key} {theirs.get(key)}, not {ours[key]}: {hint}")
 
 
 def require_finite(values, where):
-    """Raise UserError if a number in the dict `values` is not finite; `where` in the training goes into the message."""
+    """Raise UserError if a number of the dict `values` is not finite; `where` says in which batch."""
     for name, value in values.items():
         if not math.isfinite(value):
             raise UserError(f"{name} became {value} {where}: {KEPT}")
@@ -61,14 +54,20 @@ def require_finite(values, where):
 def is_finished(folder):
     """Tell whether a run has written its metrics, and no later checkpoint is there."""
     metrics, checkpoint = folder / "metrics.json", folder / "checkpoint.pt"
-    if not metrics.exists():
-        return False
-    return not (checkpoint.exists() and checkpoint.stat().st_mtime_ns > metrics.stat().st_mtime_ns)
+    if not (metrics.exists() and checkpoint.exists()):
+        return metrics.exists()
+    return checkpoint.stat().st_mtime_ns <= metrics.stat().st_mtime_ns
 
 
-def read_metrics(folder):
-    """Return the content of a run's metrics.json, empty without the file."""
+def headline(names, metrics, reported):
+    """Yield a line for each named metric, beside the reported run's in the folder `reported`, if they compare."""
     try:
-        return json.loads((folder / "metrics.json").read_text())
+        theirs = json.loads((reported / "metrics.json").read_text()) if reported else {}
     except (OSError, ValueError):
-        return {}
+        theirs = {}
+    for name in filter(metrics.get, names):
+        ours, other = metrics[name], theirs.get(name, {})
+        # Other pixels are on another scale.
+        compares = all(other.get(key) == ours.get(key) for key in ("unit", "binarization", "pixels"))
+        beside = f" (reported: {other['value']:.4g})" if compares else ""
+        yield f"{name} {ours['value']:.4g} {ours['unit']}{beside}"

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from utils import ablation, machine, parallel
 from utils.data import DATASETS, load_data
-from utils.files import ROOT, UserError
+from utils.files import ROOT, UserError, lacks_memory
 from utils.hyperparameters import Range, from_annotation, hyperparameters
 from utils.run import Run, Terminated
 
@@ -54,18 +54,21 @@ def folder(text):
     """argparse type for a folder or file: `~` is the home folder, and an empty name is refused."""
     if not text:
         raise argparse.ArgumentTypeError("takes the name of a folder or file")
-    return Path(text).expanduser()
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"finds no home folder for {text}") from None
 
 
 def make_parser(script, description, options):
-    """Make the parser of a step. Hyperparameters that are not given are None, so that a variant can set them."""
+    """Make the parser of a step. Hyperparameters that are not given are no attributes, so that a variant can set them."""
     parser = ArgumentParser(prog=Path(script).name, description=description)
     groups = {}
     for each in options.values():
         if each.group not in groups:
             groups[each.group] = parser.add_argument_group(each.group)
         shown = " ".join(map(str, each.default)) if each.several else each.default
-        options = dict(dest=each.name, default=None, help=f"{each.help} ({shown})")
+        options = dict(dest=each.name, default=argparse.SUPPRESS, help=f"{each.help} ({shown})")
         if each.type is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
@@ -129,11 +132,11 @@ def choose_options(parser, args, specs, variants):
         parser.error(
             f"unknown variant {args.variant!r}, the nearest is {near[0]!r}: --list-variants names them"
         )
-    if args.minutes and args.num_epochs:
+    if args.minutes and "num_epochs" in args:
         parser.error("--minutes is not allowed with --epochs")
     preset = {name: each.default for name, each in specs.items()}
     preset |= variants[args.variant][1] if args.variant else {}
-    flags = {name: getattr(args, name) for name in specs if getattr(args, name) is not None}
+    flags = {name: getattr(args, name) for name in specs if name in args}
     flags = {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
     options = {**preset, **flags}
     if args.dry_run:
@@ -157,13 +160,17 @@ def differences(args, options, preset, own_defaults):
     def spell(value):
         if isinstance(value, tuple):
             return "-".join(map(spell, value))
-        return f"{value:g}" if isinstance(value, float) else str(value).lower()
+        if value is None or isinstance(value, bool):
+            return str(value).lower()
+        return f"{value:g}" if isinstance(value, float) else str(value)
 
     flags = {**own_defaults, "seed": 0, "minutes": None, "dataset": DATASETS[0], "count": None}
     changed = {name: value for name, value in options.items() if value != preset[name]}
     changed |= {name: getattr(args, name) for name in flags if getattr(args, name) != flags[name]}
     marks = [name for name in ("held_out", "dry_run", "sample_only") if getattr(args, name)]
-    return [f"{name.removeprefix('num_')}={spell(value)}" for name, value in changed.items()] + marks
+    if "num_epochs" in changed:
+        changed = {"epochs": changed.pop("num_epochs"), **changed}
+    return [f"{name}={spell(value)}" for name, value in changed.items()] + marks
 
 
 def default_folder(step, variant, parts):
@@ -303,7 +310,7 @@ def exit_code(work, name):
         code = 143 if isinstance(stop, Terminated) else 130
         return _complain(name, "interrupted; --resume goes on from the checkpoint, if one was written", code)
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+        if not lacks_memory(error):
             raise
         return _complain(name, "there is too little memory: lower --batch-size", 2)
     except SystemExit as end:  # of argparse

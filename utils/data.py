@@ -20,8 +20,8 @@ from utils.files import UserError
 DATASETS = ("MNIST", "FashionMNIST", "KMNIST")  # torchvision's classes
 NUM_HELD_OUT = 10_000  # training images that stand in for the test images while settings are chosen
 
-# MD5 sums and the files they belong to. The unpacked content is verified, so a repacked archive is accepted.
-# For KMNIST only torchvision's sums of the archives are known. We could not try its real files.
+# MD5 sums of the unpacked files, so a repacked archive is accepted. For KMNIST only torchvision's sums of the
+# archives are known. We could not try its real files.
 KNOWN_FILES = {
     "6bbc9ace898e44ae57da46a324031adb": ("MNIST", "train-images-idx3-ubyte"),
     "a25bea736e30d166cdddb491f175f624": ("MNIST", "train-labels-idx1-ubyte"),
@@ -34,36 +34,31 @@ KNOWN_FILES = {
     **{md5: ("KMNIST", archive.removesuffix(".gz")) for archive, md5 in datasets.KMNIST.resources},
 }
 
-WHAT_TO_DO = "put the original file into this folder, or name another folder with --data-dir"
+HINT = "put the original file into this folder, or name another folder with --data-dir"
 
 
 def load_data(data_dir, dataset="MNIST", device="cpu", held_out=False):
     """Load a data set and verify its files.
 
-    The files are read from `data_dir`/`dataset`/raw, unpacked or as archives. Archives are unpacked there at
-    the first use, and missing ones are downloaded. KMNIST is read from its archives each time.
+    The files are in `data_dir`/`dataset`/raw. Archives are unpacked there at the first use, and missing ones
+    are downloaded. KMNIST is read from its archives each time. Problems raise UserError.
 
     Args:
-        dataset: one of DATASETS.
-        device: where the tensors are put.
-        held_out: return the last 10,000 training images in place of the test images, and only the first
-            50,000 to train on. Use it to choose settings; the test images are for reporting.
+        held_out: split the training images into 50,000 to train on and 10,000 in place of the test images. Use
+            it to choose settings; the test images are for reporting.
 
     Returns:
         ((images, labels), (test_images, test_labels)). Images are uint8, (60000, 1, 28, 28) and
         (10000, 1, 28, 28). Labels are int64, (60000,) and (10000,).
-
-    Raises:
-        UserError: a file is missing, damaged or of another data set, or the folder cannot be used.
     """
     if dataset not in DATASETS:
         raise UserError(f"there is no data set {dataset!r}: --dataset is one of {', '.join(DATASETS)}")
     raw = Path(data_dir) / dataset / "raw"
 
     def load(split):
-        images = _read(raw, dataset, f"{split}-images-idx3-ubyte", read_image_file)
+        images = _read(raw, dataset, f"{split}-images-idx3-ubyte", read_image_file).unsqueeze(1)
         labels = _read(raw, dataset, f"{split}-labels-idx1-ubyte", read_label_file)
-        return images.unsqueeze(1).to(device), labels.to(device)
+        return images.to(device), labels.to(device)
 
     (images, labels), test_set = load("train"), load("t10k")
     if held_out:
@@ -73,53 +68,41 @@ def load_data(data_dir, dataset="MNIST", device="cpu", held_out=False):
 
 
 def _read(raw, dataset, name, read):
-    """Return the tensor that `read` makes of a file, after verifying it.
+    """Verify a file and return the tensor that `read` makes of it.
 
-    An archive is unpacked into a temporary folder, and the complete file is moved into `raw`. So several
-    processes can start together, and a read-only folder with archives is enough.
+    An archive is unpacked in a temporary folder, and the complete file is moved into `raw`. So several processes
+    can start together. A read-only `raw` is enough if it holds the archive.
     """
-    path = _find(raw, dataset, name)
+    suffixes = [".gz"] if dataset == "KMNIST" else ["", ".gz"]  # of KMNIST only archives can be verified
+    spellings = name, name.replace("-idx", ".idx")
+    paths = [raw / (spelling + suffix) for suffix in suffixes for spelling in spellings]
+    path = next(filter(os.path.exists, paths), None)
     try:
         if path and path.suffix != ".gz":
             _verify(path, path, dataset, name)
             return read(str(path))
-        with _temporary_folder(raw, name, path) as folder:
+        with contextlib.suppress(OSError):
+            raw.mkdir(parents=True, exist_ok=True)
+        place = raw if os.access(raw, os.W_OK) else None  # None is the system's folder for temporary files
+        if not (path or place):
+            raise UserError(f"{raw} lacks {name}.gz and cannot be written: {HINT}")
+        with tempfile.TemporaryDirectory(prefix=".unpack-", dir=place) as folder:
             archive = path or _download(raw, dataset, name, folder)
             unpacked = Path(folder) / archive.stem
             with contextlib.suppress(EOFError, zlib.error, gzip.BadGzipFile):  # damage; _verify reports it
                 extract_archive(str(archive), folder)
             _verify(archive, unpacked, dataset, name)
             tensor = read(str(unpacked))
-            kept = archive if dataset == "KMNIST" else unpacked  # what can be verified the next time
+            kept = archive if dataset == "KMNIST" else unpacked
             with contextlib.suppress(OSError):  # read-only folder, or Windows while another process reads
                 os.replace(kept, raw / kept.name)
             return tensor
     except OSError as error:
-        raise UserError(f"{path or raw} cannot be loaded ({error.strerror}): {WHAT_TO_DO}") from None
-
-
-def _find(raw, dataset, name):
-    """Return the path of the unpacked file, else of its archive, else None."""
-    spellings = name, name.replace("-idx", ".idx")
-    suffixes = [".gz"] if dataset == "KMNIST" else ["", ".gz"]  # of KMNIST only archives can be verified
-    paths = [raw / (spelling + suffix) for suffix in suffixes for spelling in spellings]
-    return next(filter(os.path.exists, paths), None)
-
-
-def _temporary_folder(raw, name, archive):
-    """Make a temporary folder in `raw`, or elsewhere if `raw` is read-only and holds the archive."""
-    try:
-        raw.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryDirectory(prefix=".unpack-", dir=raw)
-    except OSError as error:
-        if archive:
-            return tempfile.TemporaryDirectory()
-        reason = f"cannot be written ({error.strerror})"
-    raise UserError(f"{raw} lacks {name}.gz and {reason}: {WHAT_TO_DO}")
+        raise UserError(f"{path or raw} cannot be loaded ({error.strerror}): {HINT}") from None
 
 
 def _download(raw, dataset, name, folder):
-    """Download an archive from torchvision's mirrors into `folder` and return its path."""
+    """Download an archive from torchvision's mirrors into `folder`."""
     source, archive = getattr(datasets, dataset), f"{name}.gz"
     for mirror in source.mirrors:
         try:
@@ -127,32 +110,27 @@ def _download(raw, dataset, name, folder):
             return Path(folder) / archive
         except (OSError, RuntimeError, HTTPException) as error:
             reason = error
-    raise UserError(f"{raw} lacks {archive}, and the download failed ({reason}): {WHAT_TO_DO}")
+    raise UserError(f"{raw} lacks {archive}, and the download failed ({reason}): {HINT}")
 
 
 def _verify(path, unpacked, dataset, name):
-    """Raise UserError unless the MD5 sum of the file at `path` or of its unpacked content is the right one."""
+    """Raise UserError unless the MD5 sum of a file or of its unpacked content is the right one."""
     known = [KNOWN_FILES.get(calculate_md5(file)) for file in {path, unpacked}]
     if (dataset, name) in known:
         return
     other = next((found[0] for found in known if found), dataset)
     if other == dataset:
-        raise UserError(f"{path} is damaged or is not the file of {dataset}: {WHAT_TO_DO}")
-    folder = path.parents[2] / other / "raw"
+        raise UserError(f"{path} is damaged or is not the file of {dataset}: {HINT}")
     raise UserError(
-        f"{path}: these are the files of {other}, not {dataset}: --dataset {other} reads them from {folder}"
+        f"{path}: these are the files of {other}, not {dataset}: --dataset {other} reads {other}/raw"
     )
 
 
 def batches(*tensors, batch_size, generator=None):
-    """Make a DataLoader of tuples, a batch of each tensor, shuffled by `generator` or in order without one.
-
-    The sampler returns whole lists of indices, so a batch is one indexing operation. The last batch is short
-    if `batch_size` does not divide the number of images.
-    """
+    """Make a DataLoader of tuples, a batch of each tensor, shuffled by `generator` or in order without one."""
     dataset = TensorDataset(*tensors)
     order = RandomSampler(dataset, generator=generator) if generator else SequentialSampler(dataset)
-    sampler = BatchSampler(order, batch_size, drop_last=False)
+    sampler = BatchSampler(order, batch_size, drop_last=False)  # a batch is one indexing operation
     return DataLoader(dataset, sampler=sampler, batch_size=None, generator=generator)
 
 
@@ -167,13 +145,7 @@ def to_symmetric(images):
 
 
 def binarize(images, how, generator=None):
-    """Convert uint8 in 0..255 to float in {0, 1}, or in [0, 1] for 'none'.
-
-    Args:
-        how: 'threshold' for x > 0.5, 'stochastic' for a new Bernoulli(x) draw at each call, or 'none' for the
-            grey pixels. Other values raise ValueError.
-        generator: source of the random numbers, by default the global one.
-    """
+    """Convert uint8 to float by 'threshold' (x > 0.5), 'stochastic' (a Bernoulli(x) draw) or 'none' (grey)."""
     x = to_unit(images)
     if how == "none":
         return x
@@ -187,7 +159,7 @@ def binarize(images, how, generator=None):
 def distort(images, share):
     """Rotate, scale and shear a random share of uint8 images (N, 1, 28, 28) a little, each differently.
 
-    The angle in radians and the shear are normal with standard deviation 0.1. The scales are log-normal with
+    The angle in radians and the shear are normal with standard deviation 0.1, and the scales are log-normal with
     0.07. The random numbers are drawn on the CPU, so every device gets the same images.
     """
     chosen = torch.rand(len(images)) < share
@@ -199,9 +171,8 @@ def distort(images, share):
     zero = torch.zeros_like(angle)
     row_x = torch.stack([width * angle.cos(), shear - width * angle.sin(), zero], 1)
     row_y = torch.stack([height * angle.sin(), height * angle.cos(), zero], 1)
-    originals = images[chosen].float()
     matrices = torch.stack([row_x, row_y], 1).to(images.device)
+    images, originals = images.clone(), images[chosen].float()
     grid = F.affine_grid(matrices, originals.shape, align_corners=False)
-    images = images.clone()
     images[chosen] = F.grid_sample(originals, grid, align_corners=False).round().to(torch.uint8)
     return images

@@ -1,7 +1,6 @@
 """The parts of every figure: its look, its files (PNG, PDF, GIF) and grids of images.
 
-Every figure is drawn with matplotlib's defaults and STYLE. The user's own settings change no figure, and drawing
-changes none of these settings: pyplot is not imported, and no backend is chosen.
+The user's settings of matplotlib change no figure, and drawing changes no setting: there is no pyplot, no backend.
 """
 
 import contextlib
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image, ImageDraw, ImageFont
@@ -37,16 +37,14 @@ STYLE = {
     "savefig.dpi": 300,
 }
 GAP = 2  # pixels between two images of a grid
-
+GIF_LIMIT = 700_000  # bytes
+UNKNOWN = (86, 180, 233)  # the sixth of COLORS, for NaN in a GIF
 _lock = threading.RLock()
 
 
 @contextlib.contextmanager
 def our_style():
-    """Draw with matplotlib's defaults and STYLE, then restore the user's settings.
-
-    The settings belong to the whole process. So only one thread draws at a time.
-    """
+    """Draw with matplotlib's defaults and STYLE, one thread at a time, then restore the settings of the process."""
     defaults = {name: value for name, value in matplotlib.rcParamsDefault.items() if name != "backend"}
     with _lock, matplotlib.rc_context({**defaults, **STYLE}):
         yield
@@ -55,24 +53,16 @@ def our_style():
 @our_style()
 def save(figure, path, vector=True):
     """Write the figure as PNG and, with `vector`, also as PDF for print. Equal figures give equal files."""
-    path = Path(path)
-    formats = {".png": {}}
-    if vector:
-        formats[".pdf"] = {"metadata": {"CreationDate": None}}
-    for suffix, options in formats.items():
+    for suffix in (".png", ".pdf") if vector else (".png",):
         buffer = io.BytesIO()
-        figure.savefig(buffer, format=suffix[1:], **options)
-        write_atomically(path.with_suffix(suffix), buffer.getvalue())
+        metadata = {"CreationDate": None} if suffix == ".pdf" else None
+        figure.savefig(buffer, format=suffix[1:], metadata=metadata)
+        write_atomically(Path(path).with_suffix(suffix), buffer.getvalue())
 
 
 @contextlib.contextmanager
 def new_figure(path, width, height, rows=1, columns=1, vector=True, **options):
-    """Give a figure and its axes to a `with` block that draws on them, then write the figure.
-
-    Args:
-        width, height: size in inches.
-        options: further arguments of `Figure.subplots`.
-    """
+    """Give a figure (inches) and its axes to a `with` block that draws on them, then write the figure."""
     with our_style():
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure, figure.subplots(rows, columns, **options)
@@ -81,18 +71,13 @@ def new_figure(path, width, height, rows=1, columns=1, vector=True, **options):
 
 @our_style()
 def draw_images(images, columns, row_labels=(), title="", scale=0.3, axis=None, column_labels=(), marked=()):
-    """Draw a grid of images on `axis`, or on a new figure that has exactly the size of the grid.
+    """Draw a grid of images (N, 1, H, W) in [0, 1], with `columns` images in a row, and return its figure.
 
     Args:
-        images: (N, 1, H, W) in [0, 1].
-        columns: images in a row.
-        row_labels: a label for each row, left of it.
+        row_labels, column_labels: a label for each row or column. Columns with equal labels share one.
         scale: inches per image in a new figure.
-        column_labels: a label for each column, above it. Equal neighbours share one label.
+        axis: where to draw, or None for a new figure that has exactly the size of the grid.
         marked: indices of images that get a coloured frame.
-
-    Returns:
-        The figure that holds the grid.
     """
     grid = _grid(images, columns)
     height, width = (length + GAP for length in images.shape[2:])  # pixels from one image to the next
@@ -105,10 +90,10 @@ def draw_images(images, columns, row_labels=(), title="", scale=0.3, axis=None, 
     axis.spines[:].set_visible(False)
     axis.tick_params(length=0, labeltop=True, labelbottom=False)
     axis.set_yticks([(row + 0.5) * height for row in range(len(row_labels))], row_labels)
-    starts = [at for at, label in enumerate(column_labels) if at == 0 or label != column_labels[at - 1]]
-    ends = [*starts[1:], len(column_labels)]
-    centres = [(start + end) / 2 * width for start, end in zip(starts, ends)]
-    axis.set_xticks(centres, [column_labels[start] for start in starts])
+    places = {label: [] for label in column_labels}
+    for column, label in enumerate(column_labels):
+        places[label].append((column + 0.5) * width)
+    axis.set_xticks([np.mean(each) for each in places.values()], list(places))
     axis.set_title(title)
     for index in marked:
         corner = index % columns * width + 0.5, index // columns * height + 0.5
@@ -118,39 +103,23 @@ def draw_images(images, columns, row_labels=(), title="", scale=0.3, axis=None, 
 
 def _grid(images, columns):
     """Join images (N, 1, H, W) to one array, with grey between them."""
-    images = images.detach().float().cpu()
-    return make_grid(images, nrow=columns, padding=GAP, pad_value=0.5)[0].numpy()
+    return make_grid(images.detach().float().cpu(), nrow=columns, padding=GAP, pad_value=0.5)[0].numpy()
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Moving pictures
-
-GIF_LIMIT = 700_000  # bytes
-UNKNOWN = (86, 180, 233)  # the sixth of COLORS
-
-
-def save_gif(path, frames, columns=10, captions=(), scale=2, duration=150, hold=2000):
-    """Write a moving picture of image grids. Equal frames give equal files.
-
-    A file of more than GIF_LIMIT bytes is written again with fewer greys or, if that is not enough, smaller.
+def save_gif(path, frames, columns=10, captions=(), duration=150, hold=2000):
+    """Write a moving picture of image grids, smaller or with fewer greys if it exceeds GIF_LIMIT.
 
     Args:
-        frames: (F, N, 1, H, W) in [0, 1], N images for each of F frames. NaN becomes light blue. A dict of
-            these tensors gives grids beside one another, with the keys as titles.
-        columns: images in a row of a grid.
+        frames: (F, N, 1, H, W) in [0, 1] for F frames, or a dict of such tensors by the titles of grids side by side.
         captions: a text for each frame, above the grids.
-        scale: screen pixels per pixel of an image.
-        duration: milliseconds from one frame to the next.
-        hold: milliseconds for which the last frame stays.
+        duration, hold: milliseconds for which a frame, and the last frame, stay.
     """
     panels = frames if isinstance(frames, dict) else {"": frames}
     grids = [[_grid(images, columns) for images in panel] for panel in panels.values()]
     captions = captions or [""] * len(grids[0])
     times = [duration] * (len(grids[0]) - 1) + [hold]
-    for zoom, greys in ((scale, 15), (scale, 8), (1, 15), (1, 4)):
-        pictures = [
-            _draw_frame(parts, panels, caption, zoom, greys) for caption, *parts in zip(captions, *grids)
-        ]
+    for scale, greys in ((2, 15), (2, 8), (1, 15), (1, 4)):
+        pictures = [_draw_frame(parts, panels, text, scale, greys) for text, *parts in zip(captions, *grids)]
         buffer = io.BytesIO()
         pictures[0].save(buffer, "GIF", save_all=True, append_images=pictures[1:], duration=times, loop=0)
         if buffer.tell() <= GIF_LIMIT:
@@ -158,13 +127,14 @@ def save_gif(path, frames, columns=10, captions=(), scale=2, duration=150, hold=
     write_atomically(Path(path), buffer.getvalue())
 
 
-def _draw_frame(grids, titles, caption, scale, greys):
-    """Draw a caption, and below it grids with their titles, as an image with a palette of few colours.
+def save_training_gif(path, snapshots, columns):
+    """Write a moving picture of a training; `snapshots` maps epochs to uint8 images (N, 1, H, W)."""
+    frames = torch.stack([*snapshots.values()]) / 255
+    save_gif(path, frames, columns, [f"epoch {epoch}" for epoch in snapshots])
 
-    Args:
-        grids: list of arrays (H, W) in [0, 1].
-        greys: number of greys in the palette.
-    """
+
+def _draw_frame(grids, titles, caption, scale, greys):
+    """Draw a caption, and grids (H, W) with titles below it, in few greys. `scale`: screen pixels per pixel."""
     font = ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), 9 * scale)
     line, gap = 13 * scale, 6 * scale  # height of a line of text and space between grids, in screen pixels
     top = line * (bool(caption) + any(titles))
@@ -182,6 +152,6 @@ def _draw_frame(grids, titles, caption, scale, greys):
         draw.text((left + part.width / 2, top - line / 2), title, "black", font, anchor="mm")
         left += part.width + gap
     palette = Image.new("P", (1, 1))
-    levels = [round(255 * level / (greys - 1)) for level in range(greys)]
-    palette.putpalette([value for level in levels for value in (level, level, level)] + [*UNKNOWN])
+    levels = np.rint(np.linspace(0, 255, greys)).astype(int)
+    palette.putpalette([*levels.repeat(3).tolist(), *UNKNOWN])
     return picture.quantize(palette=palette, dither=Image.Dither.NONE)

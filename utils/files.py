@@ -13,19 +13,16 @@ from pathlib import Path
 
 import torch
 
+fcntl = msvcrt = None  # Windows has the second, other systems have the first
 try:
     import fcntl
-except ImportError:  # Windows
-    fcntl = None
-try:
+except ImportError:
     import msvcrt
-except ImportError:  # every other system
-    msvcrt = None
 
 ROOT = Path(__file__).resolve().parent.parent
-# What zipfile, pickle and torch raise for a damaged file, with their subclasses.
+# What zipfile, pickle and torch raise for a damaged file.
 DAMAGED = (zipfile.BadZipFile, pickle.UnpicklingError, zlib.error, ArithmeticError, AttributeError, EOFError,
-           LookupError, RuntimeError, TypeError, ValueError)  # fmt: skip
+           LookupError, MemoryError, RuntimeError, TypeError, ValueError)  # fmt: skip
 
 
 class UserError(Exception):
@@ -33,21 +30,17 @@ class UserError(Exception):
 
 
 @contextlib.contextmanager
-def _writing(problem):
-    """Turn an OSError into a UserError that names the problem."""
+def _writing(path):
+    """Turn an OSError into a UserError."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"{problem} ({error.strerror}): name another --out-dir") from None
+        raise UserError(f"{path} cannot be written ({error.strerror}): name another --out-dir") from None
 
 
 def make_folder(folder):
-    """Make the folder and its parents where they are missing.
-
-    Raises:
-        UserError: the folder cannot be made.
-    """
-    with _writing(f"the folder {folder} cannot be made"):
+    """Make the folder and its parents where they are missing; raise UserError if that fails."""
+    with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
 
 
@@ -55,14 +48,14 @@ def write_atomically(path, content):
     """Write bytes by way of a temporary file, so that `path` is always the whole old or the whole new file."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with _writing(f"{path} cannot be written"):
+        with _writing(path):
             with open(temporary, "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
     finally:
-        with contextlib.suppress(OSError):  # the file was renamed, or the disk is read-only
+        with contextlib.suppress(OSError):  # renamed, or never made
             temporary.unlink()
 
 
@@ -77,9 +70,7 @@ def write_csv(path, table):
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(table)
     for row in zip(*table.values()):
-        writer.writerow(
-            "" if value is None else f"{value:.6g}" if isinstance(value, float) else value for value in row
-        )
+        writer.writerow(f"{value:.6g}" if isinstance(value, float) else value for value in row)
     write_atomically(path, text.getvalue().encode())
 
 
@@ -102,12 +93,8 @@ def metric(value, unit, formula, **more):
 
 
 def lock(folder):
-    """Lock the folder for this process and return the open lock file. Closing the file ends the lock.
-
-    Raises:
-        UserError: another run holds the lock, or the folder cannot be written into.
-    """
-    with _writing(f"{folder} cannot be written into"):
+    """Lock the folder and return the open lock file, whose closing ends the lock; raise UserError if it is locked."""
+    with _writing(folder):
         file = open(folder / ".lock", "a")
     try:
         if fcntl:
@@ -118,9 +105,8 @@ def lock(folder):
         # Other errors come from file systems without locks, such as some network drives.
         if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
             file.close()
-            raise UserError(
-                f"another run writes into {folder}: wait for it, or name another --out-dir"
-            ) from None
+            hint = "wait for it, or name another --out-dir"
+            raise UserError(f"another run writes into {folder}: {hint}") from None
     return file
 
 
@@ -131,34 +117,35 @@ def save_tensors(path, content):
     write_atomically(path, buffer.getvalue())
 
 
-def load_tensors(path, steps, kind, device="cpu"):
-    """Load a file of `save_tensors`. Only tensors and plain values are read, so no code can run.
-
-    Args:
-        steps: names of the steps whose files are accepted.
-        kind: "model" or "checkpoint", for messages.
-
-    Raises:
-        UserError: the file is missing, damaged, of another kind or of another step.
-    """
+@contextlib.contextmanager
+def _loading(path, kind):
+    """Turn what a missing, unreadable or damaged file raises into a UserError."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():  # torch.load checks no sums
-                raise zipfile.BadZipFile
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        yield
     except FileNotFoundError:
         raise UserError(f"there is no {kind} at {path}: train first") from None
     except OSError as error:
         raise UserError(f"the {kind} {path} cannot be read: {error.strerror or error}") from None
-    except MemoryError:
-        raise UserError(f"there is too little memory to load {path}") from None
-    except DAMAGED:
+    except DAMAGED as error:
+        if lacks_memory(error):
+            raise UserError(f"there is too little memory to load {path}") from None
         raise UserError(f"{path} is damaged or not a {kind}: train anew") from None
+
+
+def load_tensors(path, steps, kind):
+    """Load a file of `save_tensors`. Only tensors and plain values are read, so no code can run.
+
+    `steps` are the steps whose files are accepted. Messages call the file by its `kind`, "model" or "checkpoint".
+    """
+    with _loading(path, kind):
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # torch.load does not compare the check sums
+                raise zipfile.BadZipFile
+        content = torch.load(path, map_location="cpu", weights_only=True)
     found = content.get("step") if isinstance(content, dict) else None
     if found not in steps:
-        raise UserError(
-            f"{path} is not a {kind} of {' or '.join(steps)} but of {found or 'something else'}: name another file"
-        )
+        wanted, found = " or ".join(steps), found or "something else"
+        raise UserError(f"{path} is not a {kind} of {wanted} but of {found}: name another file")
     return content
 
 
@@ -169,24 +156,23 @@ def save_model(path, step, network, arguments):
 
 
 def load_network(path, steps, build, device="cpu"):
-    """Rebuild the network of a model.pt with `build(**arguments)`; return it on `device`, in eval mode.
-
-    The global random state stays as it is.
-    """
+    """Rebuild the network of a model.pt with `build(**arguments)`; return it on `device`, in eval mode."""
     content = load_tensors(path, steps, "model")
-    try:
-        with torch.random.fork_rng(devices=[]):  # initial weights are drawn, then replaced
-            network = build(**content["network"])
+    # The initial weights are drawn, then replaced. The global random state stays as it is.
+    with _loading(path, "model of this network"), torch.random.fork_rng(devices=[]):
+        network = build(**content["network"])
         network.load_state_dict(content["weights"])
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
-        raise UserError(f"{path} does not hold the weights of the network it describes: train anew") from None
     if not all_finite(network.state_dict()):
         raise UserError(f"{path} holds weights that are not finite: train anew")
     try:
         return network.to(device).eval()
     except (RuntimeError, AssertionError) as error:  # no such device, or too little memory on it
-        reason = str(error).splitlines()[0]
-        raise UserError(f"the network cannot be moved to {device}: {reason}") from None
+        raise UserError(f"the network cannot be moved to {device}: {str(error).splitlines()[0]}") from None
+
+
+def lacks_memory(error):
+    """Tell whether an exception means that a tensor did not fit into memory."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error))
 
 
 def all_finite(value):

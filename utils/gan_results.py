@@ -1,4 +1,4 @@
-"""Figures and final metrics of step 1."""
+"""Warnings, figures and final metrics of step 1."""
 
 import json
 import math
@@ -13,16 +13,13 @@ COLUMNS = 10  # samples in a row of a figure
 NUM_SAMPLES = 100  # in samples.png, unless --count says otherwise
 NUM_SNAPSHOT = 50  # images of the same noise that are kept after an epoch
 STRIP_ROWS = 8  # epochs shown in samples_by_epoch.png
-MAX_FRAMES = 24  # of training.gif
 WALKS = 6  # rows of interpolation.png
 ABLATION_COLUMNS = 12  # samples of each run in ablation.png
 NUM_WATCHED = 200  # samples that are checked for mode collapse after each epoch
 SATURATED = 0.95  # D(x) above it, with D(G(z)) as close to 0, means a saturated discriminator
 COLLAPSED = 0.5  # one digit in a larger share of the samples means mode collapse
 CONTRAST = 0.5  # share of black or white pixels from which on samples look like digits and not like grey fog
-
-# Formula of the generator's loss, and its optimum in nats, where p_g = p_data. For the relativistic loss D takes the
-# difference of the logits of a real image and a fake one.
+# Formula of the generator's loss, and its optimum in nats. The relativistic D takes the difference of two logits.
 GENERATOR_LOSSES = {
     "non-saturating": ("-log D(G(z))", math.log(2)),
     "saturating": ("log(1 - D(G(z)))", -math.log(2)),
@@ -45,51 +42,38 @@ def find_trouble(generator, d_real, d_fake, dataset="MNIST", **_):
 
 
 def discriminator_optimum(real_label=1.0):
-    """Return the discriminator's smallest loss for p_g = p_data in nats, log 4 without label smoothing.
-
-    D(x) is then real_label / 2 everywhere, and the loss is twice the entropy of that probability.
-    """
+    """Return the smallest loss for p_g = p_data in nats: twice the entropy of D(x) = real_label / 2."""
     p = real_label / 2
     return -2 * (p * math.log(p) + (1 - p) * math.log(1 - p)) if p else 0.0
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Figures
-
-
 def draw_losses(path, history, options):
-    """Draw the losses, and the discriminator's mean outputs, over the epochs, with their optima.
-
-    Goodfellow et al. 2014, section 4.1, has the optima.
-    """
+    """Draw the losses and the discriminator's mean outputs, with the optima of Goodfellow et al. 2014, section 4.1."""
     iterations_per_epoch = history["epoch"].count(1)  # --minutes cuts the last epoch short
     x = [iteration / iterations_per_epoch for iteration in history["iteration"]]
     losses = {"discriminator": history["d_loss"], "generator": history["g_loss"]}
     _, g_optimum = GENERATOR_LOSSES[options["loss"]]
     d_optimum = discriminator_optimum(options["real_label"])
-    optimum = {
+    optima = {
         f"discriminator's optimum, {d_optimum:.2f}": d_optimum,
         f"generator's optimum, {'-' if g_optimum < 0 else ''}log 2": g_optimum,
     }
     outputs = {"$D(x)$, real images": history["d_real"], "$D(G(z))$, generated": history["d_fake"]}
-    panels = [
-        ("loss (nats)", losses, optimum),
-        ("discriminator's mean output", outputs, {"optimum, 1/2": 0.5}),
-    ]
+    half = {"optimum, 1/2": 0.5}
+    panels = [("loss (nats)", losses, optima), ("discriminator's mean output", outputs, half)]
     plotting.save_curves(path, x, panels, smooth=iterations_per_epoch)
 
 
 def draw_samples(run, generator):
     """Draw samples.png: images of noise that depends on the seed."""
-    noise = torch.Generator().manual_seed(run.args.seed)
-    samples = generator.sample(run.args.count or NUM_SAMPLES, noise)
+    samples = generator.sample(run.args.count or NUM_SAMPLES, torch.Generator().manual_seed(run.args.seed))
     run.draw("samples.png", plotting.save_images, samples, COLUMNS)
 
 
 def draw_figures(run, generator, images):
     """Draw the figures beside loss.png and samples.png; `images` are the uint8 training images."""
     run.draw("samples_by_epoch.png", draw_samples_by_epoch, run.snapshots)
-    run.draw("training.gif", draw_training, run.snapshots)
+    run.draw("training.gif", figures.save_training_gif, run.snapshots, COLUMNS)
     run.draw("interpolation.png", draw_interpolation, generator, run.args.seed)
     run.draw("neighbours.png", draw_neighbours, generator, images, run.args.seed)
     run.draw("optimal_discriminator.png", draw_optimal_discriminator)
@@ -97,28 +81,15 @@ def draw_figures(run, generator, images):
 
 def draw_samples_by_epoch(path, snapshots):
     """Draw a row of images of the same noise for each of up to STRIP_ROWS epochs, early ones closer together."""
-    epochs = sorted(snapshots)
-    last = len(epochs) - 1
+    epochs, last = list(snapshots), len(snapshots) - 1
     shown = sorted({epochs[round(last * (row / (STRIP_ROWS - 1)) ** 1.5)] for row in range(STRIP_ROWS)})
     images = torch.cat([snapshots[epoch][:COLUMNS] for epoch in shown]) / 255
     plotting.save_images(path, images, COLUMNS, [f"epoch {epoch}" for epoch in shown])
 
 
-def draw_training(path, snapshots):
-    """Draw images of the same noise over the epochs as a moving picture."""
-    epochs = sorted(snapshots)
-    step = -(-len(epochs) // MAX_FRAMES)
-    shown = epochs[::-1][::step][::-1]  # the last epoch is among them
-    frames = torch.stack([snapshots[epoch] for epoch in shown]) / 255
-    figures.save_gif(path, frames, COLUMNS, [f"epoch {epoch}" for epoch in shown])
-
-
 @torch.no_grad()
 def draw_interpolation(path, generator, seed):
-    """Draw a row of images for each walk from one point of the noise to another.
-
-    The walk follows the sphere, because nearly all noise has about the same norm (White 2016, arXiv 1609.04468).
-    """
+    """Draw walks between two points of noise, on the sphere where most noise lies (White 2016, arXiv 1609.04468)."""
     start, end = torch.randn(2, WALKS, 1, generator.dim_z, generator=torch.Generator().manual_seed(seed))
     angle = torch.acos(torch.cosine_similarity(start, end, dim=-1))[..., None]
     t = torch.linspace(0, 1, COLUMNS)[:, None]
@@ -131,25 +102,19 @@ def draw_neighbours(path, generator, images, seed):
     """Draw samples, each above the training image nearest to it in pixels. A copied image would be seen."""
     samples = generator.sample(3 * COLUMNS, torch.Generator().manual_seed(seed))
     real = to_unit(images)
-    nearest = real[metrics.nearest(samples, real)]
-    rows = [each.split(COLUMNS) for each in (samples, nearest)]
-    pairs = torch.cat([row for pair in zip(*rows) for row in pair])
-    plotting.save_images(path, pairs, COLUMNS, ["sample", "nearest"] * len(rows[0]))
+    pairs = samples, real[metrics.nearest(samples, real)]
+    rows = torch.stack([images.unflatten(0, (-1, COLUMNS)) for images in pairs], 1)
+    plotting.save_images(path, rows.flatten(0, 2), COLUMNS, ["sample", "nearest"] * len(rows))
 
 
 def draw_optimal_discriminator(path):
     """Draw p_data / (p_data + p_g), and what a network learns, for densities that are known."""
-    x = torch.linspace(-4, 4, 200)
-    p_data = theory.P_DATA
-    panels = [
-        (
-            title,
-            theory.trained_discriminator(p_data, p_g, x),
-            theory.optimal_discriminator(p_data, p_g, x),
-            [density.log_prob(x).exp() for density in (p_data, p_g)],
-        )
-        for title, p_g in ((r"$p_g \neq p_{data}$", theory.P_G), ("$p_g = p_{data}$", p_data))
-    ]
+    x, p_data = torch.linspace(-4, 4, 200), theory.P_DATA
+    panels = []
+    for title, p_g in ((r"$p_g \neq p_{data}$", theory.P_G), ("$p_g = p_{data}$", p_data)):
+        trained = theory.trained_discriminator(p_data, p_g, x)
+        densities = [density.log_prob(x).exp() for density in (p_data, p_g)]
+        panels.append((title, trained, theory.optimal_discriminator(p_data, p_g, x), densities))
     plotting.save_optimal_discriminator(path, x, panels)
 
 
@@ -161,21 +126,16 @@ def draw_ablation(path, folders, load_model):
         iterations_per_epoch = sum(row["epoch"] == 1 for row in rows)
         x = [row["iteration"] / iterations_per_epoch for row in rows]
         curves = {"$D(x)$": [row["d_real"] for row in rows], "$D(G(z))$": [row["d_fake"] for row in rows]}
-        distance = json.loads((folder / "metrics.json").read_text())["frechet_distance"]["value"]
+        # A run on another data set may lack the metrics that need a classifier.
+        distance = json.loads((folder / "metrics.json").read_text()).get("frechet_distance")
+        title = f"{name}\nFréchet {distance['value']:.0f}" if distance else name
         samples = load_model(folder / "model.pt").sample(ABLATION_COLUMNS)
-        strips.append((f"{name}\nFréchet {distance:.0f}", x, curves, samples))
+        strips.append((title, x, curves, samples))
     plotting.save_strips(path, strips, xlabel="epoch", ylim=(0, 1))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Metrics
-
-
 def mean_over_last_epoch(history, name, num_images, batch_size):
-    """Return the mean of a column over as many last iterations as an epoch has; a short batch counts for its size.
-
-    None if no batch of them has a value, as the generator's loss with a large d_freq.
-    """
+    """Return the mean of a column over the last epoch's images; None if no batch has a value (a large d_freq)."""
     iterations_per_epoch = math.ceil(num_images / batch_size)
     total = seen = 0
     last = slice(-iterations_per_epoch, None)
@@ -189,20 +149,17 @@ def mean_over_last_epoch(history, name, num_images, batch_size):
 
 def write_metrics(run, generator, images):
     """Write metrics.json: the quality of samples, and means over the last epoch. A GAN has no likelihood."""
-    g_formula, g_optimum = GENERATOR_LOSSES[run.options["loss"]]
-    d_optimum = discriminator_optimum(run.options["real_label"])
     descriptions = dict(
-        d_loss=("nats", "-log D(x) - log(1 - D(G(z)))", d_optimum),
-        g_loss=("nats", g_formula, g_optimum),
+        d_loss=("nats", "-log D(x) - log(1 - D(G(z)))", discriminator_optimum(run.options["real_label"])),
+        g_loss=("nats", *GENERATOR_LOSSES[run.options["loss"]]),
         d_real=("probability", "D(x)", 0.5),
         d_fake=("probability", "D(G(z))", 0.5),
     )
     over = "the last epoch's number of iterations, dropout active in the discriminator"
+    protocol = dict(over=over, train_images=len(images))
     _, results = metrics.judge_sampler(run, generator.sample)
     for name, (unit, formula, optimum) in descriptions.items():
         value = mean_over_last_epoch(run.history, name, len(images), run.options["batch_size"])
         if value is not None:
-            results[name] = files.metric(
-                value, unit, formula, optimum=optimum, over=over, train_images=len(images)
-            )
+            results[name] = files.metric(value, unit, formula, optimum=optimum, **protocol)
     run.finish(HEADLINE, **results)

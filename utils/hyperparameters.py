@@ -46,7 +46,7 @@ class Hyperparameter:
 
     @property
     def flag(self):
-        return "--" + self.name.removeprefix("num_").replace("_", "-")
+        return "--epochs" if self.name == "num_epochs" else "--" + self.name.replace("_", "-")
 
     def parse(self, text):
         """Convert one word of the command line, where None is spelled `none`; argparse calls this."""

@@ -1,5 +1,6 @@
 """The machine: device, precision, memory, the hardware's name, and printing that never ends a run."""
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -20,17 +21,12 @@ def find_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available[name]:
-        raise UserError(
-            f"this machine has no {name} device that torch can use: --device auto takes what there is"
-        )
+        raise UserError(f"torch finds no {name} device on this machine: --device auto takes what there is")
     return torch.device(name)
 
 
 def has_bfloat16_units(device):
-    """Tell whether the device multiplies matrices faster in bfloat16 than in float32.
-
-    GPUs since Ampere do, and CPUs with AMX or AVX512-BF16.
-    """
+    """Tell whether the hardware multiplies in bfloat16: GPUs since Ampere, CPUs with AMX or AVX512-BF16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch cannot tell
@@ -38,11 +34,7 @@ def has_bfloat16_units(device):
 
 
 def autocast(device, precision):
-    """Return the context in which convolutions run in bfloat16.
-
-    Args:
-        precision: 'bfloat16', 'float32', or 'auto' for bfloat16 where the hardware has units for it.
-    """
+    """Return the context of a precision: 'bfloat16', 'float32', or 'auto' for bfloat16 where the hardware has it."""
     enabled = precision == "bfloat16" or (precision == "auto" and has_bfloat16_units(device))
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
@@ -50,17 +42,15 @@ def autocast(device, precision):
 def keep_freed_memory():
     """Make glibc keep freed memory for the next tensors.
 
-    By default glibc returns large blocks to the system, which clears every page again. On two cores a training
-    step of step 2 then takes up to twice as long.
+    Otherwise the system clears the pages of large blocks again and again. On two cores a training step of step 2
+    then takes up to twice as long.
     """
     trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # malloc.h
-    try:
+    with contextlib.suppress(OSError, TypeError, AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, TypeError, AttributeError):  # another C library
-        return
-    mallopt(mmap_threshold, 2**30)
-    mallopt(trim_threshold, 2**31 - 1)
-    mallopt(top_pad, 2**28)
+        mallopt(mmap_threshold, 2**30)
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(top_pad, 2**28)
 
 
 def hardware(device):
@@ -78,11 +68,8 @@ def hardware(device):
 
 def versions():
     """Return the versions of Python and the packages that results depend on."""
-    packages = (torch, torchvision, matplotlib, numpy)
-    return {
-        "python": platform.python_version(),
-        **{each.__name__: each.__version__ for each in packages},
-    }
+    packages = {each.__name__: each.__version__ for each in (torch, torchvision, matplotlib, numpy)}
+    return {"python": platform.python_version(), **packages}
 
 
 def say(*words, file=None):
@@ -91,8 +78,7 @@ def say(*words, file=None):
     encoding = getattr(stream, "encoding", None) or "utf-8"
     line = " ".join(map(str, words)).encode(encoding, "backslashreplace").decode(encoding)
     try:
-        print(line, file=stream, flush=True)
-    except OSError:  # from now on nothing is printed there, neither here nor when the interpreter ends
+        with contextlib.suppress(ValueError):  # the stream is closed
+            print(line, file=stream, flush=True)
+    except OSError:  # from now on nothing is printed there, not even when the interpreter ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    except ValueError:  # the stream is closed
-        pass

@@ -1,13 +1,8 @@
-"""Metrics of samples: `judge(images)` compares the images of any model with the test images of MNIST.
+"""Metrics of samples: `judge(images)["frechet_distance"]["value"]` compares images with the test images of MNIST.
 
-    from utils.metrics import judge
-    metrics = judge(images)  # (N, 1, 28, 28) floats in [0, 1]; 10,000 are usual
-    metrics["frechet_distance"]["value"]
-
-The metrics use the features and predictions of one fixed digit classifier, `results/classifier/model.pt`, which
-`utils.train_classifier` has trained. So their values compare with one another, and not with other papers' values.
-For scale, each metric of 10,000 samples has a `floor`: the same metric of 10,000 real training images. A model can
-score better than this reference.
+The metrics use one fixed digit classifier, `results/classifier/model.pt`, from `utils.train_classifier`. So their
+values compare with one another, and not with other papers' values. For scale, each metric of 10,000 samples has a
+`floor`: the same metric of 10,000 real training images. A model can score better than this reference.
 """
 
 import functools
@@ -23,11 +18,11 @@ from utils import files, machine
 from utils.data import DATASETS, NUM_HELD_OUT, binarize, load_data
 
 CLASSIFIER_STEP = "classifier"
-IMAGE_SHAPE = (1, 28, 28)
 NUM_JUDGED = 10_000  # samples, as many as there are test images
 NUM_JUDGED_QUICKLY = 200  # in a dry run
 NEIGHBOURS = 5  # the k of precision, recall, density and coverage
 NUM_SIGMA_IMAGES = 1000  # held-out images that choose the Parzen window's width
+SIGMAS = torch.logspace(-1, 0, 10).tolist()  # widths of the Parzen window to choose from
 CHUNK = 1000
 
 
@@ -36,28 +31,29 @@ def judge(
 ):
     """Return every metric of samples (N, 1, 28, 28) in [0, 1] as entries for metrics.json; 10,000 are usual.
 
-    Args:
-        pixels: encoding of the real images to compare with, 'none' for grey, or 'threshold' or 'stochastic'.
-        held_out: compare with the last 10,000 training images in place of the test images.
-        num_real: compare with this many real images only, where time matters more. The metrics depend on the number,
-            so there is no floor then.
-
-    Raises:
-        ValueError: the images have another shape, values that are not finite or outside [0, 1], or are too few.
+    The real images are the test images or, if `held_out`, the last 10,000 training images. Their `pixels` are 'none'
+    (grey), 'threshold' or 'stochastic'. The metrics depend on their number. So there is no floor for `num_real` images.
     """
-    images = images.float() if torch.is_tensor(images) and images.is_floating_point() else images
-    _require_images(images)
+    if not torch.is_tensor(images) or not images.is_floating_point():
+        raise ValueError("judge takes a tensor of floats in [0, 1]: divide bytes by 255")
+    if images.shape[1:] != (1, 28, 28) or len(images) <= NEIGHBOURS:
+        at_least = f"at least {NEIGHBOURS + 1} images (N, 1, 28, 28)"
+        raise ValueError(f"judge takes {at_least}, not {tuple(images.shape)}")
+    low, high = images.min().item(), images.max().item()
+    if not (low >= 0 and high <= 1):  # which NaN is not, either
+        raise ValueError(f"judge takes finite pixels in [0, 1], not from {low:.3g} to {high:.3g}")
+    images = images.float()
     (train_images, _), (test_images, _) = load_data(data_dir, dataset, images.device)
     held_out_images = train_images[-NUM_HELD_OUT:]
     reference = (held_out_images if held_out else test_images)[:num_real]
     draw = torch.Generator(images.device).manual_seed(0)
-    real, sigma_images = (
-        binarize(each, pixels, draw) for each in (reference, held_out_images[:NUM_SIGMA_IMAGES])
-    )
+    real = binarize(reference, pixels, draw)
+    sigma_images = binarize(held_out_images[:NUM_SIGMA_IMAGES], pixels, draw)
     values = compare(images, real, sigma_images, load_classifier(images.device, dataset))
     against = f"{len(reference)} {'held-out training' if held_out else 'test'} images, pixels {pixels}"
     comparable = len(images) == NUM_JUDGED and not (held_out or num_real)
-    floors = _floors(dataset).get(pixels, {}) if comparable else {}
+    path = classifier_folder(dataset) / "floors.json"
+    floors = json.loads(path.read_text())[pixels] if comparable and path.exists() else {}
     more = dict(samples=len(images), against=against)
     return {
         name: files.metric(value, *DESCRIPTIONS[name], **more, floor=floors.get(name))
@@ -66,55 +62,30 @@ def judge(
 
 
 def judge_sampler(run, sample, pixels="none"):
-    """Draw 10,000 images with `sample(count, generator)` and judge them.
-
-    A dry run draws few samples and compares them with as many real images.
-
-    Returns:
-        The images, and entries for metrics.json, the sampling time among them.
-    """
-    args = run.args
+    """Draw 10,000 images, few in a dry run, with `sample(count, generator)`; return them and their metrics."""
     machine.say("quality of samples")
-    if not load_classifier(dataset=args.dataset):
-        machine.say(
-            f"metrics and figures that need a classifier are left out: train one with "
-            f"python -m utils.train_classifier --dataset {args.dataset}"
-        )
+    if not load_classifier(dataset=run.args.dataset):
+        command = f"python -m utils.train_classifier --dataset {run.args.dataset}"
+        machine.say(f"metrics and figures that need a classifier are left out: train one with {command}")
     noise = torch.Generator().manual_seed(0)
     started = time.perf_counter()
     sample(64, noise).cpu()
     seconds = time.perf_counter() - started
-    few = NUM_JUDGED_QUICKLY if args.dry_run else None
+    few = NUM_JUDGED_QUICKLY if run.args.dry_run else None
     count = few or NUM_JUDGED
     starts = tqdm(range(0, count, CHUNK), "drawing samples", unit="chunk", disable=None, leave=False)
     images = torch.cat([sample(min(CHUNK, count - start), noise).cpu() for start in starts])
-    entries = judge(images, pixels, args.held_out, args.data_dir, few, args.dataset)
+    entries = judge(images, pixels, run.args.held_out, run.args.data_dir, few, run.args.dataset)
     what, hardware = "wall time of drawing 64 images", machine.hardware(run.device)
     entries["sampling_time"] = files.metric(seconds, "seconds", what, hardware=hardware)
     return images, entries
 
 
-def _require_images(images):
-    if not torch.is_tensor(images) or not images.is_floating_point():
-        raise ValueError("judge takes a tensor of floats in [0, 1]: divide bytes by 255")
-    if images.shape[1:] != IMAGE_SHAPE:
-        raise ValueError(f"judge takes images (N, 1, 28, 28), not {tuple(images.shape)}")
-    if len(images) <= NEIGHBOURS:
-        raise ValueError(f"judge takes at least {NEIGHBOURS + 1} images, not {len(images)}")
-    if not torch.isfinite(images).all():
-        raise ValueError("judge takes finite pixels: some are not")
-    low, high = images.min().item(), images.max().item()
-    if low < 0 or high > 1:
-        raise ValueError(f"judge takes pixels in [0, 1], not from {low:.3g} to {high:.3g}")
-
-
 IN_FEATURES = f"the k-NN neighbourhood, k = {NEIGHBOURS}, in features"
+FRECHET_FORMULA = "|m_s - m_r|^2 + tr(C_s + C_r - 2 (C_s C_r)^(1/2))"
 # Unit and formula of each metric.
 DESCRIPTIONS = dict(
-    frechet_distance=(
-        "squared features",
-        "|m_s - m_r|^2 + tr(C_s + C_r - 2 (C_s C_r)^(1/2)) of the classifier's features",
-    ),
+    frechet_distance=("squared features", f"{FRECHET_FORMULA} of the classifier's features"),
     classifier_score=("effective digits, 1 to 10", "exp(mean KL(p(y|x) || p(y)))"),
     largest_share=("share of samples", "share of the most frequent digit, by the classifier"),
     smallest_share=("share of samples", "share of the rarest digit, by the classifier"),
@@ -130,13 +101,9 @@ DESCRIPTIONS = dict(
 
 
 def compare(samples, real, sigma_images, classifier=None):
-    """Return the metrics as a dict of floats, for (N, 1, 28, 28) samples and real images in [0, 1].
-
-    Without a classifier only the Parzen log-likelihood is computed.
-    """
-    parzen = dict(
-        zip(("parzen", "parzen_error", "parzen_sigma"), parzen_log_likelihood(samples, real, sigma_images))
-    )
+    """Return the metrics of samples (N, 1, 28, 28) in [0, 1] as floats; without a classifier, those of Parzen alone."""
+    density, error, sigma = parzen_log_likelihood(samples, real, sigma_images)
+    parzen = dict(parzen=density, parzen_error=error, parzen_sigma=sigma)
     if classifier is None:
         return parzen
     sample_features, of_class = _features(samples, classifier)
@@ -151,10 +118,6 @@ def compare(samples, real, sigma_images, classifier=None):
         **neighbour_metrics(sample_features, real_features),
         **parzen,
     )
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The classifier
 
 
 def classifier_folder(dataset):
@@ -190,27 +153,12 @@ def _features(images, classifier):
     return features.double(), classifier.to_logits(features).double().softmax(1)
 
 
-@functools.cache
-def _floors(dataset):
-    """Return the metrics of real training images by encoding, as `utils.train_classifier` wrote them."""
-    try:
-        return json.loads((classifier_folder(dataset) / "floors.json").read_text())
-    except FileNotFoundError:
-        return {}
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The metrics
-
-
 def frechet_distance(a, b):
     """Return the squared Frechet distance of Gaussians with the moments of features a (N, d) and b (M, d).
 
-    Heusel et al. 2017 (arXiv 1706.08500), Eq. 6, on other features than theirs. The distance falls with the number
-    of samples, so compare equal numbers.
+    Heusel et al. 2017 (arXiv 1706.08500), Eq. 6. The distance falls with the number of samples, so compare equal ones.
     """
-    mean_a, mean_b = a.mean(0), b.mean(0)
-    cov_a, cov_b = a.T.cov(), b.T.cov()
+    mean_a, mean_b, cov_a, cov_b = a.mean(0), b.mean(0), a.T.cov(), b.T.cov()
     # tr (A B)^(1/2) = tr (A^(1/2) B A^(1/2))^(1/2), whose argument is symmetric.
     values, vectors = torch.linalg.eigh(cov_a)
     root_a = vectors * values.clamp(min=0).sqrt() @ vectors.T
@@ -219,11 +167,7 @@ def frechet_distance(a, b):
 
 
 def classifier_score(probabilities):
-    """Return exp(E KL(p(y|x) || p(y))): 1 if all samples look alike or like no digit, 10 for ten clear digits.
-
-    This is the Inception score (Salimans et al. 2016, arXiv 1606.03498, section 4) with the digit classifier's
-    p(y|x), (N, 10).
-    """
+    """Return exp(E KL(p(y|x) || p(y))) of p(y|x), (N, 10): the Inception score of Salimans et al. 2016, section 4."""
     marginal = probabilities.mean(0)
     kl = torch.special.xlogy(probabilities, probabilities) - torch.special.xlogy(probabilities, marginal)
     return kl.sum(1).mean().exp().item()
@@ -237,16 +181,14 @@ def digit_shares(labels):
 def neighbour_metrics(samples, real, k=NEIGHBOURS):
     """Return precision, recall, density and coverage of features, samples (N, d) and real (M, d), N and M above k.
 
-    The k-NN neighbourhood of a point is the ball that reaches to its k-th nearest neighbour. Precision and recall:
-    Kynkaanniemi et al. 2019 (arXiv 1904.06991), Eq. 2. Density and coverage, which outliers move less: Naeem et al.
-    2020 (arXiv 2002.09797), section 3.
+    The k-NN neighbourhood of a point reaches to its k-th nearest neighbour. Precision and recall: Kynkaanniemi et al.
+    2019 (arXiv 1904.06991), Eq. 2. Density and coverage: Naeem et al. 2020 (arXiv 2002.09797), section 3.
     """
-    sample_radius, real_radius = _radius(samples, k), _radius(real, k)
+    sample_radius = _radius(samples, k)
     neighbourhoods, recalled, covered = torch.zeros(len(samples), device=samples.device), 0, 0
-    for start in range(0, len(real), CHUNK):
-        chunk = slice(start, start + CHUNK)
-        distance = torch.cdist(real[chunk], samples)  # (chunk, N)
-        in_neighbourhood = distance <= real_radius[chunk, None]
+    for chunk, real_radius in zip(real.split(CHUNK), _radius(real, k).split(CHUNK)):
+        distance = torch.cdist(chunk, samples)  # (chunk, N)
+        in_neighbourhood = distance <= real_radius[:, None]
         neighbourhoods += in_neighbourhood.sum(0)
         covered += in_neighbourhood.any(1).sum().item()
         recalled += (distance <= sample_radius).any(1).sum().item()
@@ -259,26 +201,16 @@ def neighbour_metrics(samples, real, k=NEIGHBOURS):
 
 
 def _radius(x, k):
-    """Return the distance of each point to its k-th nearest other point, (N,)."""
-    # The nearest is the point itself.
+    """Return the distance of each point to its k-th nearest other point, (N,); the nearest is the point itself."""
     return torch.cat([torch.cdist(chunk, x).kthvalue(k + 1, dim=1).values for chunk in x.split(CHUNK)])
 
 
-def parzen_log_likelihood(samples, test, validation, sigmas=None):
-    """Return the mean log-density of test images under a Parzen window at the samples.
+def parzen_log_likelihood(samples, test, validation, sigmas=SIGMAS):
+    """Return the mean log-density of test images under a Parzen window at the samples (N, ...).
 
-    This is the protocol of Goodfellow et al. 2014 (section 5). With any feasible number of samples the estimate is
-    far from the true log-likelihood, and it ranks models wrongly: the centres of k-means score above the training
-    images themselves (Theis et al. 2016, arXiv 1511.01844). So read it beside the score of the training images.
-
-    Args:
-        samples, test, validation: images in [0, 1].
-        sigmas: widths of the window, logspace(-1, 0, 10) by default. The validation images choose one.
-
-    Returns:
-        Mean and standard error in nats per image, and sigma.
+    Goodfellow et al. 2014, section 5. It ranks models wrongly: centres of k-means score above training images (Theis
+    et al. 2016, arXiv 1511.01844). Returns mean and standard error in nats, and sigma, by the validation images.
     """
-    sigmas = torch.logspace(-1, 0, 10).tolist() if sigmas is None else sigmas
     samples, test, validation = (images.flatten(1) for images in (samples, test, validation))
     densities = _log_densities(validation, samples, sigmas).mean(1)
     best = sigmas[densities.argmax()]
@@ -292,11 +224,8 @@ def _log_densities(x, centres, sigmas):
     densities = []
     for chunk in x.split(CHUNK):
         squares = torch.cdist(chunk, centres).square()
-        densities.append(
-            torch.stack(
-                [(squares / (-2 * sigma**2)).logsumexp(1) - norm for sigma, norm in zip(sigmas, norms)]
-            )
-        )
+        rows = [(squares / (-2 * sigma**2)).logsumexp(1) - norm for sigma, norm in zip(sigmas, norms)]
+        densities.append(torch.stack(rows))
     return torch.cat(densities, 1)
 
 

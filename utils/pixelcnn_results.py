@@ -23,10 +23,6 @@ ROWS_GIVEN = 14  # of the digits to be completed
 SEEN_FROM = (14, 3)  # row and column of the pixel whose receptive field is drawn
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Likelihoods
-
-
 def inputs(network, x, labels):
     """Return the network's arguments: images x (N, 1, 28, 28), and one-hot labels if it is conditional."""
     if isinstance(network, ConditionalPixelCNN):
@@ -42,13 +38,11 @@ def binarize_test(images, how):
 @torch.no_grad()
 def pixel_nll(network, x, labels, batch_size=250):
     """Return -log p(x_i | x_1, ..., x_{i-1}) of every pixel in nats, (N, 1, 28, 28), for images x in {0, 1}."""
-    nll = torch.empty_like(x)
-    for place, some, their_labels in zip(
-        nll.split(batch_size), x.split(batch_size), labels.split(batch_size)
-    ):
+    nll = []
+    for some, their_labels in zip(x.split(batch_size), labels.split(batch_size)):
         logits = network(*inputs(network, some, their_labels)).float()
-        place.copy_(F.binary_cross_entropy_with_logits(logits, some, reduction="none"))
-    return nll
+        nll.append(F.binary_cross_entropy_with_logits(logits, some, reduction="none"))
+    return torch.cat(nll)
 
 
 def evaluate(network, images, labels, how):
@@ -66,24 +60,16 @@ def bits_per_pixel(nll):
 
 
 def label_log_likelihoods(network, x):
-    """Return log p(x | y) for each label y, (N, 10) in nats.
-
-    With equally likely labels, the largest one belongs to the most likely label, by Bayes' rule.
-    """
-    return torch.stack(
-        [
-            -pixel_nll(network, x, torch.full((len(x),), label, device=x.device)).sum((1, 2, 3))
-            for label in tqdm(range(NUM_CLASSES), "Bayes' rule", unit="label", disable=None, leave=False)
-        ],
-        dim=1,
-    )
+    """Return log p(x | y) for each label y, (N, 10) in nats; the largest belongs to the most likely label (Bayes)."""
+    columns = []
+    for label in tqdm(range(NUM_CLASSES), "Bayes' rule", unit="label", disable=None, leave=False):
+        labels = torch.full((len(x),), label, device=x.device)
+        columns.append(-pixel_nll(network, x, labels).sum((1, 2, 3)))
+    return torch.stack(columns, 1)
 
 
 def receptive_field(network, x, labels, pixel, batch_size=100):
-    """Return the mean over the images of |d logit / d x_j| for the logit of one pixel and every x_j, (28, 28).
-
-    It is zero where the prediction does not depend on x_j: for later pixels, and in the blind spot.
-    """
+    """Return the mean over images of |d logit / d x_j|, (28, 28), for the logit of one pixel and every x_j."""
     total = torch.zeros_like(x[0, 0])
     for some, their_labels in zip(x.split(batch_size), labels.split(batch_size)):
         some = some.clone().requires_grad_()
@@ -99,35 +85,26 @@ def sample_evenly(network, count, generator):
     return network.sample(torch.arange(count) % NUM_CLASSES if conditional else count, generator)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Figures of samples
-
-
 def draw_losses(path, history, how):
     """Draw the NLL over the epochs. The much higher value before the training stands in the legend."""
-    before = history["test_nll"][0]
+    before, *after = history["test_nll"]
     curves = {
         "training images, during the epoch": history["train_nll"],
-        f"test images ({before:.0f} before the training)": [None, *history["test_nll"][1:]],
+        f"test images ({before:.0f} before the training)": [None, *after],
     }
-    panel = (f"NLL, {how} pixels (nats per image)", curves, {})
-    plotting.save_curves(path, history["epoch"], [panel])
+    plotting.save_curves(path, history["epoch"], [(f"NLL, {how} pixels (nats per image)", curves, {})])
 
 
 def draw_samples(run, network, test_set, unconditional=None):
-    """Draw the figures that need samples.
-
-    Args:
-        unconditional: network whose samples comparison.png shows beside a conditional one's, or None.
-    """
+    """Draw the figures that need samples; `unconditional` is a network to compare a conditional one with, or None."""
     images, labels = test_set
     conditional = isinstance(network, ConditionalPixelCNN)
     noise = torch.Generator().manual_seed(run.args.seed)
     count = run.args.count or 10 * COLUMNS
     digits = torch.arange(NUM_CLASSES).repeat_interleave(COLUMNS)
     samples = network.sample(digits if conditional else count, noise)
-    names = [str(label) for label in range(NUM_CLASSES)]
-    run.draw("samples.png", plotting.save_images, samples, COLUMNS, names if conditional else ())
+    names = range(NUM_CLASSES) if conditional else ()
+    run.draw("samples.png", plotting.save_images, samples, COLUMNS, names)
     real = binarize_test(images, run.options["binarize"])
     run.draw("completions.png", draw_completions, network, real, labels, noise)
     run.draw("drawing.gif", draw_drawing, network, samples[:: max(1, len(samples) // COLUMNS)][:COLUMNS])
@@ -139,25 +116,19 @@ def draw_samples(run, network, test_set, unconditional=None):
     grids = {"real": real[:NUM_COMPARED]}
     if unconditional is not None:
         grids["unconditional"] = unconditional.sample(NUM_COMPARED, noise)
-    order = torch.randperm(len(samples), generator=noise)
-    grids["class-conditional"] = samples[order][:NUM_COMPARED]
+    chosen = torch.randperm(len(samples), generator=noise)[:NUM_COMPARED]
+    grids["class-conditional"] = samples[chosen]
     run.draw("comparison.png", draw_comparison, grids, run.args.dataset)
 
 
 @torch.no_grad()
 def draw_drawing(path, network, samples):
-    """Draw how samples appear pixel by pixel, beside the probability of a white pixel that the network predicted.
-
-    Of a conditional network, sample number i shows the digit i.
-    """
+    """Draw how samples, number i of the digit i, appear pixel by pixel beside the predicted probability of white."""
     logits = network(*inputs(network, samples, torch.arange(len(samples), device=samples.device)))
     panels = {"pixels drawn": samples, "predicted probability of white": logits.float().sigmoid()}
-    order = torch.arange(NUM_PIXELS).reshape(28, 28)
-    known = [order < count for count in range(0, NUM_PIXELS + 1, PIXELS_A_FRAME)]
-    frames = {
-        title: torch.stack([images.cpu().masked_fill(~mask, math.nan) for mask in known])
-        for title, images in panels.items()
-    }
+    counts = torch.arange(0, NUM_PIXELS + 1, PIXELS_A_FRAME).reshape(-1, 1, 1, 1, 1)
+    drawn = torch.arange(NUM_PIXELS).reshape(28, 28) < counts  # (frames, 1, 1, 28, 28)
+    frames = {title: torch.where(drawn, images.cpu(), math.nan) for title, images in panels.items()}
     figures.save_gif(path, frames, columns=5)
 
 
@@ -173,22 +144,17 @@ def draw_comparison(path, grids, dataset):
 
 def draw_completions(path, network, real, labels, noise):
     """Draw the first test digit of each class, its upper half, and ten completions of the half by the network."""
-    conditional = isinstance(network, ConditionalPixelCNN)
     first = [(labels == label).nonzero()[0].item() for label in labels.unique()]
-    originals = real[first]
-    repeated = originals.repeat_interleave(COLUMNS, 0)
-    whose = labels[first].repeat_interleave(COLUMNS) if conditional else len(repeated)
-    completed = network.sample(whose, noise, given=repeated[:, :, :ROWS_GIVEN])
+    originals, names = real[first], labels[first]
+    repeated = names.repeat_interleave(COLUMNS)
+    whose = repeated if isinstance(network, ConditionalPixelCNN) else len(repeated)
+    given = originals[:, :, :ROWS_GIVEN].repeat_interleave(COLUMNS, 0)
+    completed = network.sample(whose, noise, given=given).unflatten(0, (-1, COLUMNS))
     halves = originals.clone()
     halves[:, :, ROWS_GIVEN:] = 0.5
-    rows = torch.cat([originals[:, None], halves[:, None], completed.unflatten(0, (-1, COLUMNS))], 1)
-    names = [str(label) for label in labels[first].tolist()]
+    rows = torch.cat([originals[:, None], halves[:, None], completed], 1).flatten(0, 1)
     headings = ["original", "given", *["completions"] * COLUMNS]
-    plotting.save_images(path, rows.flatten(0, 1), COLUMNS + 2, names, scale=0.48, column_labels=headings)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Metrics, and the figures that they are drawn from
+    plotting.save_images(path, rows, COLUMNS + 2, names.tolist(), scale=0.48, column_labels=headings)
 
 
 def write_metrics(run, network, train_set, test_set):
@@ -200,13 +166,12 @@ def write_metrics(run, network, train_set, test_set):
     nll = pixel_nll(network, x, labels)
     run.draw("nll_map.png", plotting.save_map, nll.mean((0, 1)), f"NLL (nats, {how})")
     run.draw("nll_digits.png", draw_nll_digits, nll, labels, how)
-    probed = x[:NUM_PROBED], labels[:NUM_PROBED]
-    run.draw("receptive_field.png", draw_receptive_field, network, *probed)
-
-    some_training_images = [each[: len(images)] for each in train_set]
+    field = receptive_field(network, x[:NUM_PROBED], labels[:NUM_PROBED], SEEN_FROM)
+    run.draw("receptive_field.png", plotting.save_receptive_field, field, SEEN_FROM)
     given = "x_1, ..., x_{i-1}" + (", y" if conditional else "")
     formula, unit = f"-sum_i log p(x_i | {given}), mean over images", "nats per image"
-    test_nll, train_nll = nll.sum().item() / len(x), evaluate(network, *some_training_images, how)
+    test_nll = nll.sum().item() / len(x)
+    train_nll = evaluate(network, *(each[: len(images)] for each in train_set), how)
     bits, over = bits_per_pixel(test_nll), f"first {len(images)} training images"
     results = dict(
         test_nll=files.metric(test_nll, unit, formula, **protocol),
@@ -218,14 +183,12 @@ def write_metrics(run, network, train_set, test_set):
     samples, quality = metrics.judge_sampler(run, partial(sample_evenly, network), how)
     results |= quality
     if conditional and metrics.load_classifier(dataset=run.args.dataset):
-        seen = metrics.classify(samples, run.args.dataset)
-        recognised = seen == torch.arange(len(samples)) % NUM_CLASSES
-        results["recognised"] = files.metric(
+        recognised = metrics.classify(samples, run.args.dataset) == torch.arange(len(samples)) % NUM_CLASSES
+        share, what = (
             recognised.double().mean().item(),
-            "share of samples",
             "the digit classifier sees the digit that was asked for",
-            samples=len(samples),
         )
+        results["recognised"] = files.metric(share, "share of samples", what, samples=len(samples))
     run.finish(HEADLINE, **results)
 
 
@@ -238,28 +201,17 @@ def label_metrics(run, network, x, labels, protocol):
     accuracy = (guesses == labels).float().mean().item()
     mixture_nll = math.log(NUM_CLASSES) - log_likelihoods.logsumexp(1).mean().item()
     precision = "in the precision of the training"
+    guess = f"argmax_y log p(x | y) is the label; {precision}"
+    mixture = f"-log 1/10 sum_y p(x | y), which is told no label, mean over images; {precision}"
     return dict(
-        bayes_accuracy=files.metric(
-            accuracy, "share of test images", f"argmax_y log p(x | y) is the label; {precision}", **protocol
-        ),
-        mixture_nll=files.metric(
-            mixture_nll,
-            "nats per image",
-            f"-log 1/10 sum_y p(x | y), which is told no label, mean over images; {precision}",
-            **protocol,
-        ),
+        bayes_accuracy=files.metric(accuracy, "share of test images", guess, **protocol),
+        mixture_nll=files.metric(mixture_nll, "nats per image", mixture, **protocol),
     )
 
 
 def draw_nll_digits(path, nll, labels, how):
     """Draw the mean NLL of each digit; nll is (N, 1, 28, 28)."""
-    nats = [
-        nll[labels == label].sum().item() / max(1, (labels == label).sum().item())
-        for label in range(NUM_CLASSES)
-    ]
-    plotting.save_bars(path, range(NUM_CLASSES), nats, "digit", f"test NLL\n(nats per image, {how})")
-
-
-def draw_receptive_field(path, network, x, labels):
-    """Draw how much the prediction of the pixel SEEN_FROM depends on every other pixel."""
-    plotting.save_receptive_field(path, receptive_field(network, x, labels, SEEN_FROM), SEEN_FROM)
+    labels, nats = labels.cpu(), nll.sum((1, 2, 3)).cpu()
+    sums = torch.zeros(NUM_CLASSES).index_add(0, labels, nats)
+    means = (sums / labels.bincount(minlength=NUM_CLASSES).clamp(min=1)).tolist()
+    plotting.save_bars(path, range(NUM_CLASSES), means, "digit", f"test NLL\n(nats per image, {how})")

@@ -1,62 +1,51 @@
 """The kinds of figure that the three steps and the ablations draw, each in a function that writes its file."""
 
+import math
+
 import numpy as np
 import torch
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.ticker import MaxNLocator
+from torch.nn.functional import pad
 
 from utils.figures import COLORS, WIDTH, draw_images, new_figure, our_style, save
 
 # A colour for each digit: Paul Tol, "Colour Schemes", 2021, the scheme "muted", and black.
-DIGIT_COLORS = [
-    "#332288", "#CC6677", "#117733", "#DDCC77", "#88CCEE",
-    "#882255", "#44AA99", "#999933", "#AA4499", "#000000",
-]  # fmt: skip
+COLOR_CODES = "332288 CC6677 117733 DDCC77 88CCEE 882255 44AA99 999933 AA4499 000000"
+DIGIT_COLORS = [f"#{code}" for code in COLOR_CODES.split()]
 
 
-def save_images(path, images, columns, row_labels=(), title="", scale=0.3, **options):
+def save_images(path, images, columns, *labels, **options):
     """Write a grid of images as PNG. `draw_images` explains the arguments after `path`."""
-    save(draw_images(images, columns, row_labels, title, scale, **options), path, vector=False)
+    save(draw_images(images, columns, *labels, **options), path, vector=False)
 
 
-def save_side_by_side(path, grids, columns, marked=None):
-    """Write several grids of images beside one another as PNG.
-
-    Args:
-        grids: maps the title of each grid to its images, (N, 1, H, W) in [0, 1].
-        columns: images in a row of a grid.
-        marked: maps a title to the indices of the images that get a coloured frame.
-    """
-    height = WIDTH / len(grids) * -(-max(map(len, grids.values())) // columns) / columns + 0.2
-    with new_figure(path, WIDTH, height, 1, len(grids), vector=False, squeeze=False) as (_, axes):
-        for axis, (title, images) in zip(axes[0], grids.items()):
-            draw_images(images, columns, title=title, axis=axis, marked=(marked or {}).get(title, ()))
+def save_side_by_side(path, grids, columns, marked=()):
+    """Write grids of images beside one another; `grids` maps each title to images (N, 1, H, W)."""
+    save_grid_table(path, {title: [images] for title, images in grids.items()}, [""], columns, marked)
 
 
-def save_grid_table(path, columns, row_labels, images_across):
+def save_grid_table(path, columns, row_labels, images_across, marked=()):
     """Write a table of image grids as PNG.
 
-    Args:
-        columns: maps the title of each column to its grids, one (N, 1, H, W) tensor for each row.
-        row_labels: a label for each row of the table.
-        images_across: images in a row of a grid.
+    `columns` maps titles to a grid for each row, (N, 1, H, W), and `marked` to the indices of images to be framed.
     """
-    size = WIDTH, (WIDTH / len(columns) + 0.02) * len(row_labels) + 0.2
+    largest = max(len(images) for grids in columns.values() for images in grids)
+    height = WIDTH / len(columns) * math.ceil(largest / images_across) / images_across
+    size = WIDTH, height * len(row_labels) + 0.2
     with new_figure(path, *size, len(row_labels), len(columns), vector=False, squeeze=False) as (_, axes):
-        for column, (title, grids) in enumerate(columns.items()):
-            for row, images in enumerate(grids):
-                draw_images(images, images_across, title="" if row else title, axis=axes[row, column])
+        for column, (title, grids) in zip(axes.T, columns.items()):
+            for axis, images in zip(column, grids):
+                draw_images(images, images_across, axis=axis, marked=dict(marked).get(title, ()))
+            column[0].set_title(title)
         for axis, label in zip(axes[:, 0], row_labels):
             axis.set_ylabel(label)
 
 
 def save_strips(path, strips, xlabel, ylim, smooth=400):
-    """Write one page about several runs. Each run has a strip: its name, its curves and a row of its images.
+    """Write a page with a strip for each run: its name, running means over `smooth` points, and a row of images.
 
-    Args:
-        strips: list of (name, x, curves, images). `curves` maps labels to values; all runs have the same labels.
-        ylim: limits of the vertical axis, for all runs.
-        smooth: number of points of x that a running mean covers.
+    `strips` is a list of (name, x, curves, images); `curves` maps labels, the same for all runs, to values over x.
     """
     size = WIDTH, min(0.6 * len(strips), 8.6) + 0.7  # all strips fit on a page
     with new_figure(path, *size, len(strips), 2, squeeze=False, width_ratios=[1, 3]) as (figure, axes):
@@ -82,12 +71,7 @@ def gaussian_quantiles(count):
 
 @our_style()
 def draw_latent_plane(images, side):
-    """Draw images decoded from a plane of latent codes, with the axes z_1 and z_2, and return the figure.
-
-    Args:
-        images: (side * side, 1, H, W) in [0, 1]. Both coordinates of their codes are `gaussian_quantiles`.
-            z_1 grows to the right and z_2 upwards. So the first row has the largest z_2.
-    """
+    """Return a figure of images (side^2, 1, H, W) at `gaussian_quantiles` of z_1, to the right, and z_2, upwards."""
     figure = draw_images(images, side)
     axis = figure.axes[0]
     height, width = axis.images[0].get_size()
@@ -103,41 +87,26 @@ def draw_latent_plane(images, side):
 
 @our_style()
 def save_territories(path, images, side, digits, title=""):
-    """Write a latent plane in negative, with the colour, outline and number of each digit's territory.
-
-    Args:
-        images: (side * side, 1, H, W) in [0, 1], as in `draw_latent_plane`.
-        digits: (R, R) integers, the digit at each of R x R points of the same plane, the top row first.
-    """
+    """Write a latent plane in negative, and the territory of each digit; `digits` (R, R) cover the same plane."""
     digits = digits.cpu()
     figure = draw_latent_plane(1 - images, side)
     axis = figure.axes[0]
     axis.set_title(title)
     height, width = axis.images[0].get_size()
-    style = {"cmap": ListedColormap(DIGIT_COLORS), "vmin": 0, "vmax": 9, "alpha": 0.3}
-    axis.imshow(digits.numpy(), extent=(-0.5, width - 0.5, height - 0.5, -0.5), **style)
-    rows, columns = (
-        (np.arange(len(digits)) + 0.5) * length / len(digits) - 0.5 for length in (height, width)
-    )
+    extent = (-0.5, width - 0.5, height - 0.5, -0.5)
+    axis.imshow(digits.numpy(), ListedColormap(DIGIT_COLORS), vmin=0, vmax=9, alpha=0.3, extent=extent)
+    middles = (np.arange(len(digits)) + 0.5) / len(digits)  # of the points, as a part of the plane
+    rows, columns = middles * height - 0.5, middles * width - 0.5
     for digit in digits.unique().tolist():
         inside = digits == digit
         if not inside.all():
-            style = {"levels": [0.5], "colors": [DIGIT_COLORS[digit]], "linewidths": 1.5}
-            axis.contour(columns, rows, inside.numpy(), **style)
-        row, column = _widest_point(inside)
+            axis.contour(columns, rows, inside.numpy(), [0.5], colors=[DIGIT_COLORS[digit]], linewidths=1.5)
+        points, others = inside.nonzero(), pad(~inside, (1, 1, 1, 1), value=True).nonzero() - 1
+        room = torch.cdist(points.float(), others.float()).min(1).values  # up to the region's border
+        row, column = points[room.argmax()].tolist()
         box = {"boxstyle": "circle,pad=0.15", "facecolor": "white", "edgecolor": DIGIT_COLORS[digit]}
-        style = {"weight": "bold", "ha": "center", "va": "center", "bbox": box}
-        axis.text(columns[column], rows[row], digit, **style)
+        axis.text(columns[column], rows[row], digit, weight="bold", ha="center", va="center", bbox=box)
     save(figure, path, vector=False)
-
-
-def _widest_point(inside):
-    """Return (row, column) of the point of a region, (R, R) booleans, that is furthest from its border."""
-    points, others = inside.nonzero().float(), (~inside).nonzero().float()
-    room = torch.cat([points, len(inside) - 1 - points], 1).min(1).values + 1  # distance from the edges
-    if len(others):
-        room = torch.minimum(room, torch.cdist(points, others).min(1).values)
-    return points[room.argmax()].int().tolist()
 
 
 def save_scatter(path, points, labels, title):
@@ -168,26 +137,17 @@ def save_posterior(path, z):
         at = np.linspace(-limit, limit, 200)
         density = np.exp(-(at**2) / 2) / (2 * np.pi) ** 0.5
         for axis, values, xlabel in zip(sides, z.T, ("$z_1$", "$z_2$")):
-            style = {
-                "bins": 80,
-                "range": (-limit, limit),
-                "density": True,
-                "histtype": "stepfilled",
-                "alpha": 0.6,
-            }
-            axis.hist(values, label="aggregated posterior", **style)
+            style = {"range": (-limit, limit), "density": True, "histtype": "stepfilled", "alpha": 0.6}
+            axis.hist(values, bins=80, label="aggregated posterior", **style)
             axis.plot(at, density, color=COLORS[1], label="prior")
             axis.set(xlabel=xlabel, ylabel="density", ylim=(0, 1.35 * axis.get_ylim()[1]))
             axis.legend(loc="upper right")
 
 
 def save_curves(path, x, panels, xlabel="epoch", smooth=1):
-    """Write curves over a common x, in one panel or several.
+    """Write curves over a common x, with running means over `smooth` points and the raw values faintly behind.
 
-    Args:
-        panels: list of (ylabel, curves, references). `curves` maps labels to values; None and NaN leave a gap.
-            `references` maps labels to the height of a dashed horizontal line.
-        smooth: number of points of x that a running mean covers. The raw values are drawn faintly behind it.
+    `panels` lists (ylabel, curves, references): dicts of values over x, None and NaN left out, and of line heights.
     """
     with new_figure(path, WIDTH, 2.6, 1, len(panels), squeeze=False) as (_, axes):
         for axis, (ylabel, curves, references) in zip(axes[0], panels):
@@ -218,19 +178,13 @@ def _running_means(x, values, width):
 
 
 def save_optimal_discriminator(path, x, panels):
-    """Write what a discriminator has learnt over the formula p_data / (p_data + p_g), with both densities.
-
-    Args:
-        x: (N,) tensor.
-        panels: list of (title, trained, formula, [p_data, p_g]), each a tensor (N,) over x.
-    """
-    x = x.numpy()
+    """Write panels of (title, trained D, formula of D, [p_data, p_g]), which are tensors (N,) over x."""
     with new_figure(path, WIDTH, 2.8, 1, len(panels), sharey=True) as (figure, axes):
         for axis, (title, trained, formula, densities) in zip(axes, panels):
             for color, label, density in zip(COLORS[2:], ("$p_{data}$", "$p_g$"), densities):
-                axis.fill_between(x, density.numpy(), alpha=0.3, color=color, linewidth=0, label=label)
-            axis.plot(x, formula.numpy(), color=COLORS[4], linewidth=4, label="$p_{data} / (p_{data} + p_g)$")
-            axis.plot(x, trained.numpy(), color=COLORS[0], linewidth=1.2, label="$D(x)$, trained")
+                axis.fill_between(x, density, alpha=0.3, color=color, linewidth=0, label=label)
+            axis.plot(x, formula, color=COLORS[4], linewidth=4, label="$p_{data} / (p_{data} + p_g)$")
+            axis.plot(x, trained, color=COLORS[0], linewidth=1.2, label="$D(x)$, trained")
             axis.axhline(0.5, color="black", linestyle="--", linewidth=1, label="1/2")
             axis.set(xlabel="x", title=title, ylim=(0, 1))
         axes[0].set_ylabel("probability, density")
@@ -251,20 +205,13 @@ def _draw_map(axis, values, label, **options):
 
 
 def save_receptive_field(path, sensitivity, pixel):
-    """Write how much the prediction at `pixel`, (row, column), changes with each earlier pixel.
-
-    Later pixels are white. Earlier pixels without influence, the blind spot, have a colour of their own.
-
-    Args:
-        sensitivity: (H, W), the mean of |d logit / d pixel|.
-    """
-    height, width = sensitivity.shape
-    earlier = np.arange(height * width).reshape(height, width) < pixel[0] * width + pixel[1]
+    """Write the mean |d logit / d pixel|, (H, W), of the logit at `pixel`. The blind spot has a colour of its own."""
     values = sensitivity.cpu().numpy()
-    seen = np.ma.masked_where(~earlier | (values == 0), values)
-    blind = np.ma.masked_where(~earlier | (values != 0), np.ones_like(values))
+    earlier = np.arange(values.size).reshape(values.shape) < np.ravel_multi_index(pixel, values.shape)
     with new_figure(path, 3.6, 2.7) as (_, axis):
+        blind = np.ma.masked_where(~earlier | (values != 0), np.ones_like(values))
         axis.imshow(blind, cmap=ListedColormap([COLORS[1]]))
+        seen = np.ma.masked_where(~earlier | (values == 0), values)
         _draw_map(axis, seen, "mean |d logit / d pixel|", norm=LogNorm())
         axis.plot(pixel[1], pixel[0], "x", color="black", label="predicted pixel")
         axis.plot([], [], "s", color=COLORS[1], label="blind spot")
@@ -283,8 +230,7 @@ def save_bars(path, names, heights, xlabel, ylabel):
 
 def save_confusion(path, labels, guesses, xlabel):
     """Write how many images of each digit (row) were taken for which digit (column); both (N,) integers."""
-    counts = torch.zeros(10, 10, dtype=torch.long)
-    counts.index_put_((labels.cpu(), guesses.cpu()), torch.tensor(1), accumulate=True)
+    counts = (10 * labels + guesses).cpu().bincount(minlength=100).reshape(10, 10)
     mistakes = counts.clone().fill_diagonal_(0)
     with new_figure(path, 3.9, 3.6) as (_, axis):
         axis.imshow(mistakes.numpy(), cmap="Blues", vmax=max(1, 2 * mistakes.max().item()))
@@ -295,15 +241,12 @@ def save_confusion(path, labels, guesses, xlabel):
 
 
 def save_ablation(path, groups, panels):
-    """Write the metrics of variants as points with standard deviations, a row of panels for each group.
+    """Write metrics of variants with standard deviations, a row of panels for each group.
 
-    Args:
-        groups: maps the title of each group to the names of its variants.
-        panels: list of (xlabel, series). `series` maps labels to {name: (mean, standard deviation or None)}.
+    `groups` maps titles to names, and `panels` lists (xlabel, {label: {name: (mean, deviation or None)}}).
     """
     sizes = [len(names) + 0.8 for names in groups.values()]
-    shape = len(groups), len(panels)
-    size = WIDTH, 0.19 * sum(sizes) + 0.9
+    size, shape = (WIDTH, 0.19 * sum(sizes) + 0.9), (len(groups), len(panels))
     with new_figure(path, *size, *shape, squeeze=False, height_ratios=sizes) as (_, axes):
         for row, (title, names) in zip(axes, groups.items()):
             for axis, (_, series) in zip(row, panels):
@@ -316,11 +259,10 @@ def save_ablation(path, groups, panels):
 
 
 def _draw_points(axis, names, series):
-    """Draw means with their standard deviations, a line for each name, without the names."""
     for (label, values), color, marker in zip(series.items(), COLORS, "os^"):
         means, deviations = zip(*(values[name] for name in names))
-        style = {"fmt": marker, "color": color, "markersize": 4, "label": label}
-        axis.errorbar(means, range(len(names)), xerr=[each or 0 for each in deviations], **style)
+        errors = [deviation or 0 for deviation in deviations]
+        axis.errorbar(means, range(len(names)), None, errors, marker, color=color, markersize=4, label=label)
     low, high = axis.get_xlim()
     if 0 < 3 * low < high:
         axis.set_xscale("log")

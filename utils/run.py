@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
 from utils import checkpoint, files, machine, parallel
-from utils.data import batches
+from utils.data import DATASETS, batches
 from utils.files import UserError
 from utils.hyperparameters import hyperparameters
 
@@ -227,10 +227,9 @@ class Run:
         speed = self.images_seen / self._seconds
         metrics["speed"] = files.metric(speed, "training images per second", "images seen / wall time")
         files.write_json(self.folder / "metrics.json", metrics)
-        reported = checkpoint.read_metrics(files.ROOT / "results" / self.step)
-        for name in (each for each in headline if each in metrics):
-            beside = f" (reported: {reported[name]['value']:.4g})" if name in reported else ""
-            machine.say(f"{name} {metrics[name]['value']:.4g} {metrics[name]['unit']}{beside}")
+        reported = files.ROOT / "results" / self.step if self.args.dataset == DATASETS[0] else None
+        for line in checkpoint.headline(headline, metrics, reported):
+            machine.say(line)
         machine.say(f"results in {self.folder}")
 
     def close(self):

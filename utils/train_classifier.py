@@ -1,11 +1,8 @@
 """Train the digit classifier of the metrics: `python -m utils.train_classifier`.
 
-It learns from grey digits and from both binarisations of them, shifted by up to a pixel, so that it can judge the
-samples of all three steps.
+It learns from grey digits and from both binarisations, shifted by up to a pixel, so that it can judge all three steps.
 
-Writes into results/classifier/:
-    floors.json    the metrics of 10,000 training images for each kind of pixels, as a reference for those of samples
-    loss.png, losses.csv, metrics.json, config.json, model.pt
+It writes the files of any run, and floors.json with the metrics of 10,000 real images, into results/classifier/.
 """
 
 import sys
@@ -17,7 +14,7 @@ from torch.nn import functional as F
 from models.classifier import Classifier
 from utils import cli, files, plotting
 from utils.data import NUM_HELD_OUT, batches, binarize
-from utils.metrics import CLASSIFIER_STEP, NUM_SIGMA_IMAGES, compare
+from utils.metrics import CHUNK, CLASSIFIER_STEP, NUM_SIGMA_IMAGES, compare
 
 ENCODINGS = ("none", "threshold", "stochastic")
 LARGEST_SHIFT = 1  # pixels
@@ -52,75 +49,47 @@ def train(
             optimizer.step()
             schedule.step()
             run.record(loss=loss)
-        row = dict(loss=run.means()["loss"], accuracy=accuracy(classifier, *test_set, "none"))
-        run.log_epoch(epoch, **row)
+        run.log_epoch(epoch, loss=run.means()["loss"], accuracy=accuracy(classifier, *test_set, "none"))
 
 
 @torch.no_grad()
-def accuracy(classifier, images, labels, how, batch_size=1000):
+def accuracy(classifier, images, labels, how):
     """Return the share of uint8 images whose digit the classifier sees, in eval mode."""
     classifier.eval()
-    draw = torch.Generator(images.device).manual_seed(0)
-    hits = sum(
-        (classifier(binarize(x, how, draw)).argmax(1) == y).sum().item()
-        for x, y in batches(images, labels, batch_size=batch_size)
-    )
+    x = binarize(images, how, torch.Generator(images.device).manual_seed(0))
+    hits = torch.cat([classifier(chunk).argmax(1) for chunk in x.split(CHUNK)]) == labels
     classifier.train()
-    return hits / len(images)
-
-
-def write_floors(run, classifier, train_set, test_set):
-    """Write floors.json: the metrics of as many training images as there are test images."""
-    (train_images, _), (test_images, _) = train_set, test_set
-    count = len(test_images)
-    floors = {}
-    for how in ENCODINGS:
-        draw = torch.Generator(run.device).manual_seed(0)
-        samples = binarize(train_images[:count], how, draw)
-        sigma_images = binarize(train_images[-NUM_HELD_OUT:][:NUM_SIGMA_IMAGES], how, draw)
-        floors[how] = compare(samples, binarize(test_images, how, draw), sigma_images, classifier)
-    files.write_json(run.folder / "floors.json", floors)
-
-
-def draw_losses(path, history):
-    panels = [
-        ("cross-entropy (nats)", {"training": history["loss"]}, {}),
-        ("accuracy", {"test, grey": history["accuracy"]}, {}),
-    ]
-    plotting.save_curves(path, history["epoch"], panels)
+    return hits.sum().item() / len(labels)
 
 
 def train_and_evaluate(run, train_set, test_set):
+    """Train the classifier; write its accuracy and, in floors.json, the metrics of real training images."""
     test_set = run.limit(*test_set)
     classifier = Classifier().to(run.device, memory_format=torch.channels_last)
     train(run, classifier, train_set, test_set, **run.options)
     run.save_model(classifier)
-    run.draw("loss.png", draw_losses, run.history)
-    accuracies = {
-        f"accuracy_{how}": files.metric(
-            accuracy(classifier, *test_set, how),
-            "share of test images",
-            "the likeliest digit is the label",
-            pixels=how,
-            test_images=len(test_set[0]),
-        )
-        for how in ENCODINGS
-    }
-    write_floors(run, classifier.eval(), train_set, test_set)
-    run.finish(**accuracies)
+    loss = ("cross-entropy (nats)", {"training": run.history["loss"]}, {})
+    share = ("accuracy", {"test, grey": run.history["accuracy"]}, {})
+    run.draw("loss.png", plotting.save_curves, run.history["epoch"], [loss, share])
+
+    count, formula = len(test_set[0]), "the likeliest digit is the label"
+    parts = train_set[0][:count], train_set[0][-NUM_HELD_OUT:][:NUM_SIGMA_IMAGES], test_set[0]
+    floors, entries = {}, {}
+    for how in ENCODINGS:
+        value = accuracy(classifier, *test_set, how)
+        protocol = dict(pixels=how, test_images=count)
+        entries[f"accuracy_{how}"] = files.metric(value, "share of test images", formula, **protocol)
+        draw = torch.Generator(run.device).manual_seed(0)
+        samples, sigma_images, real = (binarize(images, how, draw) for images in parts)
+        floors[how] = compare(samples, real, sigma_images, classifier.eval())
+    files.write_json(run.folder / "floors.json", floors)
+    run.finish(**entries)
 
 
 def main(argv=None):
     """Run with a list of flags; return the exit code."""
-    return cli.main(
-        argv,
-        script=__file__,
-        description=__doc__,
-        step=CLASSIFIER_STEP,
-        training=train,
-        train_and_evaluate=train_and_evaluate,
-        variants={},
-    )
+    options = dict(step=CLASSIFIER_STEP, training=train, train_and_evaluate=train_and_evaluate, variants={})
+    return cli.main(argv, script=__file__, description=__doc__, **options)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def is_finished(folder):
 
 
 def headline(names, metrics, reported):
-    """Yield a line for each named metric, beside the reported run's in the folder `reported`, if they compare."""
+    """Yield a line for each named metric, with its value in the folder `reported` where they compare."""
     try:
         theirs = json.loads((reported / "metrics.json").read_text()) if reported else {}
     except (OSError, ValueError):

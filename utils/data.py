@@ -44,8 +44,8 @@ def load_data(data_dir, dataset="MNIST", device="cpu", held_out=False):
     are downloaded. KMNIST is read from its archives each time. Problems raise UserError.
 
     Args:
-        held_out: split the training images into 50,000 to train on and 10,000 in place of the test images. Use
-            it to choose settings; the test images are for reporting.
+        held_out: split the training images into 50,000 to train on and 10,000 in place of the test images,
+            to choose settings by.
 
     Returns:
         ((images, labels), (test_images, test_labels)). Images are uint8, (60000, 1, 28, 28) and
@@ -70,8 +70,8 @@ def load_data(data_dir, dataset="MNIST", device="cpu", held_out=False):
 def _read(raw, dataset, name, read):
     """Verify a file and return the tensor that `read` makes of it.
 
-    An archive is unpacked in a temporary folder, and the complete file is moved into `raw`. So several processes
-    can start together. A read-only `raw` is enough if it holds the archive.
+    An archive is unpacked in a temporary folder, and the complete file is moved into `raw`. So several
+    processes can start together. A read-only `raw` is enough if it holds the archive.
     """
     suffixes = [".gz"] if dataset == "KMNIST" else ["", ".gz"]  # of KMNIST only archives can be verified
     spellings = name, name.replace("-idx", ".idx")
@@ -127,7 +127,7 @@ def _verify(path, unpacked, dataset, name):
 
 
 def batches(*tensors, batch_size, generator=None):
-    """Make a DataLoader of tuples, a batch of each tensor, shuffled by `generator` or in order without one."""
+    """Make a DataLoader of tuples, a batch of each tensor, in order or shuffled by `generator`."""
     dataset = TensorDataset(*tensors)
     order = RandomSampler(dataset, generator=generator) if generator else SequentialSampler(dataset)
     sampler = BatchSampler(order, batch_size, drop_last=False)  # a batch is one indexing operation
@@ -145,7 +145,7 @@ def to_symmetric(images):
 
 
 def binarize(images, how, generator=None):
-    """Convert uint8 to float by 'threshold' (x > 0.5), 'stochastic' (a Bernoulli(x) draw) or 'none' (grey)."""
+    """Convert uint8 to float by 'threshold' (x > 0.5), 'stochastic' (Bernoulli(x) draws) or 'none' (grey)."""
     x = to_unit(images)
     if how == "none":
         return x
@@ -159,8 +159,8 @@ def binarize(images, how, generator=None):
 def distort(images, share):
     """Rotate, scale and shear a random share of uint8 images (N, 1, 28, 28) a little, each differently.
 
-    The angle in radians and the shear are normal with standard deviation 0.1, and the scales are log-normal with
-    0.07. The random numbers are drawn on the CPU, so every device gets the same images.
+    The angle (radians) and the shear are normal with standard deviation 0.1, the scales log-normal with 0.07.
+    The random numbers are drawn on the CPU, so every device gets the same images.
     """
     chosen = torch.rand(len(images)) < share
     angle, shear, log_width, log_height = torch.randn(4, len(images))[:, chosen]

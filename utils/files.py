@@ -20,7 +20,7 @@ except ImportError:
     import msvcrt
 
 ROOT = Path(__file__).resolve().parent.parent
-# What zipfile, pickle and torch raise for a damaged file.
+# The exceptions of zipfile, pickle and torch for a damaged file.
 DAMAGED = (zipfile.BadZipFile, pickle.UnpicklingError, zlib.error, ArithmeticError, AttributeError, EOFError,
            LookupError, MemoryError, RuntimeError, TypeError, ValueError)  # fmt: skip
 
@@ -45,7 +45,7 @@ def make_folder(folder):
 
 
 def write_atomically(path, content):
-    """Write bytes by way of a temporary file, so that `path` is always the whole old or the whole new file."""
+    """Write bytes through a temporary file, so that `path` is always the whole old or the whole new file."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with _writing(path):
@@ -93,7 +93,7 @@ def metric(value, unit, formula, **more):
 
 
 def lock(folder):
-    """Lock the folder and return the open lock file, whose closing ends the lock; raise UserError if it is locked."""
+    """Lock the folder or raise UserError. Return the open lock file, whose closing ends the lock."""
     with _writing(folder):
         file = open(folder / ".lock", "a")
     try:
@@ -135,7 +135,7 @@ def _loading(path, kind):
 def load_tensors(path, steps, kind):
     """Load a file of `save_tensors`. Only tensors and plain values are read, so no code can run.
 
-    `steps` are the steps whose files are accepted. Messages call the file by its `kind`, "model" or "checkpoint".
+    Files of other steps than `steps` are refused. Messages name the `kind`, "model" or "checkpoint".
     """
     with _loading(path, kind):
         with zipfile.ZipFile(path) as archive:

@@ -14,7 +14,7 @@ from utils.files import ROOT, UserError, make_folder, write_atomically
 
 REPORT = ROOT / "report" / "report.pdf"
 
-# Patterns of the archive's files below the repository. --sample-only, metrics and tests need the trained networks.
+# Patterns of the archive's files. --sample-only, the metrics and the tests need the trained networks.
 CONTENTS = [
     *("README.md", "requirements.txt", "pytest.ini", "hw2_step?_main.py", "report/make_numbers.py"),
     *("models/*.py", "utils/*.py", "tests/*.py", "data/README.md", "data/MNIST/raw/*.gz"),
@@ -35,7 +35,7 @@ def files(root=ROOT):
 
 
 def archive(root=ROOT):
-    """Return the zip archive as bytes, the same for the same files: uncompressed, with one time and mode for all."""
+    """Return the zip archive, the same bytes for the same files: uncompressed, one time and mode for all."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as content:
         for path in files(root):

@@ -34,7 +34,7 @@ def has_bfloat16_units(device):
 
 
 def autocast(device, precision):
-    """Return the context of a precision: 'bfloat16', 'float32', or 'auto' for bfloat16 where the hardware has it."""
+    """Return the context of 'bfloat16', 'float32', or 'auto': bfloat16 where the hardware has it."""
     enabled = precision == "bfloat16" or (precision == "auto" and has_bfloat16_units(device))
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
@@ -42,8 +42,8 @@ def autocast(device, precision):
 def keep_freed_memory():
     """Make glibc keep freed memory for the next tensors.
 
-    Otherwise the system clears the pages of large blocks again and again. On two cores a training step of step 2
-    then takes up to twice as long.
+    Otherwise the system clears the pages of large blocks again and again. On two cores a training step of
+    step 2 then takes up to twice as long.
     """
     trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # malloc.h
     with contextlib.suppress(OSError, TypeError, AttributeError):  # another C library

@@ -1,7 +1,7 @@
 """One training shared by several processes, as `torchrun` starts them. A single process is left as it is.
 
-All processes draw the same random batch and each computes a slice of it. Results match a single-process run up to
-floating-point rounding, except that each process draws dropout for its own slice.
+All processes draw the same random batch and each computes a slice of it. Results match a single-process run
+up to floating-point rounding, except that each process draws dropout for its own slice.
 """
 
 import os
@@ -75,8 +75,8 @@ def total(values, device="cpu"):
     """Sum a list of numbers over the processes, element by element."""
     if not distributed.is_initialized():
         return values
-    # Kept until the next sum. If the summing thread were the last holder, it would need the interpreter's lock to
-    # free it. `destroy_process_group` of torch 2.6 holds that lock while it waits for the thread: a deadlock.
+    # Kept until the next sum. If the summing thread were the last holder, it would need Python's lock to free
+    # it. `destroy_process_group` of torch 2.6 holds that lock while it waits for the thread: a deadlock.
     total.kept = summed = torch.tensor(values, dtype=torch.float64, device=device)
     distributed.all_reduce(summed)
     return summed.tolist()

@@ -20,10 +20,7 @@ Writes into results/step3_vae/:
     training.gif          the latent plane over the epochs, a moving picture
     walk.png              from one test digit to another, in the latent space and in pixels
     losses.csv, metrics.json, config.json, model.pt
-and after --ablation:
-    ablation.png          the metrics of the variants
-    kl_weights.png        samples and latent plane at each KL weight
-    ablation.csv
+    ablation.csv, ablation.png, kl_weights.png    the variants, samples at each KL weight, with --ablation
 """
 
 import math
@@ -77,8 +74,7 @@ VARIANTS = {
     ),
 }
 
-# Left out of --ablation, which compares short trainings of about the same length.
-NOT_COMPARABLE = ("long-20", "long-50", "grey-20")
+NOT_COMPARABLE = ("long-20", "long-50", "grey-20")  # left out of --ablation, whose trainings are short
 
 
 def loss_func(model, x, coeff):
@@ -212,12 +208,8 @@ def draw_ablation(folder, folders):
 
 
 def add_flags(group):
-    group.add_argument(
-        "--bound-samples",
-        type=cli.whole_number(1),
-        metavar="K",
-        help="samples for each image in the importance-weighted bound (500, or 20 after fewer than 10 epochs)",
-    )
+    what = "samples for each image in the importance-weighted bound (500, or 20 after fewer than 10 epochs)"
+    group.add_argument("--bound-samples", type=cli.whole_number(1), metavar="K", help=what)
 
 
 def main(argv=None):

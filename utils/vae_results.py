@@ -156,8 +156,9 @@ def draw_ablation(folder, folders, variants, default_kl_coeff, load_model):
     panels = [
         ("nats per image", nats),
         ("neighbour's label", {"accuracy": series("neighbour_accuracy")}),
-        ("Frechet distance", {"samples": series("frechet_distance")}),
     ]
+    if "frechet_distance_mean" in rows["default"]:  # which needs a classifier of the data set
+        panels.append(("Frechet distance", {"samples": series("frechet_distance")}))
     plotting.save_ablation(folder / "ablation.png", groups, panels)
     weights = {default_kl_coeff: "default"}
     for name, (_, options) in variants.items():

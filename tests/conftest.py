@@ -11,6 +11,8 @@ from types import SimpleNamespace
 
 # Bit-for-bit equality is promised on the CPU. This has to be set before torch looks for a GPU.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# Small networks gain nothing from threads, and more threads than cores make everything slow.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

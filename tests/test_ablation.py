@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import hw2_step1_main as step1
 import hw2_step2_main as step2
 import hw2_step3_main as step3
 from tests.children import FLAGS
-from tests.conftest import assert_refused
+from tests.conftest import ROOT, assert_refused
 from utils import ablation
 from utils.files import read_csv
 
@@ -167,6 +168,15 @@ def test_finished_runs_are_kept_and_interrupted_ones_go_on(call_step, pretend, t
     assert pretend.runs == []
     assert call_step(step1, *flags, tmp_path / "epochs", "--epochs", "2").returncode == 0
     assert {run[2:] for run in pretend.runs} == {(None, "2")}
+
+
+@pytest.mark.parametrize("module", [step1, step2, step3])
+def test_the_reported_ablation_has_the_flags_that_are_kept(module, call_step, pretend, tmp_path):
+    """Otherwise nobody could go on with it."""
+    (tmp_path / "ablation").mkdir()
+    shutil.copy(ROOT / "results" / module.STEP / "ablation" / "flags.json", tmp_path / "ablation")
+    done = call_step(module, "--ablation", "--seeds", 1, "--out-dir", tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_run_that_fails_does_not_keep_the_others(call_step, pretend, tmp_path):

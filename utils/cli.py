@@ -132,6 +132,10 @@ def choose_options(parser, args, specs, variants):
         parser.error(
             f"unknown variant {args.variant!r}, the nearest is {near[0]!r}: --list-variants names them"
         )
+    if args.model and not args.sample_only:
+        parser.error("--model needs --sample-only: training begins from new weights")
+    if args.resume and args.restart:
+        parser.error("--restart is not allowed with --resume")
     if args.minutes and "num_epochs" in args:
         parser.error("--minutes is not allowed with --epochs")
     preset = {name: each.default for name, each in specs.items()}

@@ -65,16 +65,16 @@ def draw_losses(path, history, options):
 
 
 def draw_samples(run, generator):
-    """Draw samples.png: images of noise that depends on the seed."""
+    """Draw samples.png, images of noise that depends on the seed, and interpolation.png."""
     samples = generator.sample(run.args.count or NUM_SAMPLES, torch.Generator().manual_seed(run.args.seed))
     run.draw("samples.png", plotting.save_images, samples, COLUMNS)
+    run.draw("interpolation.png", draw_interpolation, generator, run.args.seed)
 
 
 def draw_figures(run, generator, images):
     """Draw the figures beside loss.png and samples.png; `images` are the uint8 training images."""
     run.draw("samples_by_epoch.png", draw_samples_by_epoch, run.snapshots)
     run.draw("training.gif", figures.save_training_gif, run.snapshots, COLUMNS)
-    run.draw("interpolation.png", draw_interpolation, generator, run.args.seed)
     run.draw("neighbours.png", draw_neighbours, generator, images, run.args.seed)
     run.draw("optimal_discriminator.png", draw_optimal_discriminator)
 

@@ -18,7 +18,7 @@ ABLATION_COLUMNS = 12  # samples of each run in ablation.png
 NUM_WATCHED = 200  # samples that are checked for mode collapse after each epoch
 SATURATED = 0.95  # D(x) above it, with D(G(z)) as close to 0, means a saturated discriminator
 COLLAPSED = 0.5  # one digit in a larger share of the samples means mode collapse
-CONTRAST = 0.5  # share of black or white pixels from which on samples look like digits and not like grey fog
+SHARP = 0.2  # share of white pixels among those with ink; real digits have 0.5, early samples are grey fog
 # Formula of the generator's loss, and its optimum in nats. The relativistic D takes the difference of two logits.
 GENERATOR_LOSSES = {
     "non-saturating": ("-log D(G(z))", math.log(2)),
@@ -33,8 +33,8 @@ def find_trouble(generator, d_real, d_fake, dataset="MNIST", **_):
     if d_real > SATURATED and d_fake < 1 - SATURATED:
         warnings.append("saturated discriminator: it is sure of every image and teaches little")
     samples = generator.sample(NUM_WATCHED)
-    contrast = ((samples - 0.5).abs() > 0.4).double().mean().item()
-    if contrast > CONTRAST and metrics.load_classifier(dataset=dataset):
+    sharp = (samples > 0.9).sum() > SHARP * (samples > 0.1).sum()
+    if sharp and metrics.load_classifier(dataset=dataset):
         shares = metrics.digit_shares(metrics.classify(samples, dataset))
         if shares.max() > COLLAPSED:
             warnings.append(f"collapsed generator: {shares.max():.0%} of its samples are a {shares.argmax()}")

@@ -200,7 +200,7 @@ def bounds(run, model, x, how, evaluate, sizes):
         bound=(bound, BOUND_FORMULA, dict(samples=num_samples)),
     )
     if how == "stochastic" and model.z_size == 2 and not run.args.held_out:
-        spacing = 0.2 if run.args.dry_run else 0.04
+        spacing = 0.2 if run.args.dry_run else 0.04 if trained else 0.1
         nll = -plane_log_likelihood(model, x, spacing).mean().item()
         terms["nll"] = (nll, PLANE_FORMULA, dict(grid_spacing=spacing))
     return {

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import subprocess
+import sys
 import zipfile
 
 import pytest
@@ -111,6 +112,12 @@ NO_FILE_NAMES = [
 def test_a_name_that_is_no_file_name_is_refused(name, call_step, tmp_path):
     assert_refused(call_step(hand_in, f"--lastname={name}", "--out-dir", tmp_path / "out"), "--lastname")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_interpreter_without_docstrings(tmp_path):
+    command = [sys.executable, "-OO", "-m", "utils.hand_in", "--lastname", "X", "--out-dir", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "X_EE8520_F25.zip").exists(), done.stderr
 
 
 def test_an_incomplete_copy_is_refused(tmp_path):

@@ -227,3 +227,13 @@ def test_large_moving_picture_is_made_smaller(tmp_path, monkeypatch):
         figures.save_gif(tmp_path / "small.gif", noise)
         assert (tmp_path / "small.gif").stat().st_size <= limit
         assert len(read_gif(tmp_path / "small.gif")[0]) == 6
+
+
+def test_a_long_training_has_few_frames_and_its_last_epoch(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(figures, "save_gif", lambda path, frames, columns, captions: shown.append(captions))
+    for last in (0, 23, 24, 100):
+        images = torch.zeros(1, 1, 4, 4, dtype=torch.uint8)
+        figures.save_training_gif(tmp_path / "a.gif", {epoch: images for epoch in range(last + 1)}, 1)
+        assert len(shown[-1]) <= figures.MAX_FRAMES and shown[-1][-1] == f"epoch {last}"
+    assert len(shown[1]) == 24

@@ -38,6 +38,7 @@ STYLE = {
 }
 GAP = 2  # pixels between two images of a grid
 GIF_LIMIT = 700_000  # bytes
+MAX_FRAMES = 24  # of the picture of a training
 UNKNOWN = (86, 180, 233)  # the sixth of COLORS, for NaN in a GIF
 _lock = threading.RLock()
 
@@ -128,9 +129,13 @@ def save_gif(path, frames, columns=10, captions=(), duration=150, hold=2000):
 
 
 def save_training_gif(path, snapshots, columns):
-    """Write a moving picture of a training; `snapshots` maps epochs to uint8 images (N, 1, H, W)."""
-    frames = torch.stack([*snapshots.values()]) / 255
-    save_gif(path, frames, columns, [f"epoch {epoch}" for epoch in snapshots])
+    """Write a moving picture of a training; `snapshots` maps epochs to uint8 images (N, 1, H, W).
+
+    Of many epochs, up to MAX_FRAMES at equal steps are shown, the last one among them.
+    """
+    shown = [*snapshots][:: -max(1, -(-len(snapshots) // MAX_FRAMES))][::-1]
+    frames = torch.stack([snapshots[epoch] for epoch in shown]) / 255
+    save_gif(path, frames, columns, [f"epoch {epoch}" for epoch in shown])
 
 
 def _draw_frame(grids, titles, caption, scale, greys):

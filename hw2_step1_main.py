@@ -12,13 +12,17 @@ and the generator learns to fool it.
 Writes into results/step1_gan/:
     loss.png                    both losses, D(x) and D(G(z)) over the epochs, and their optima
     samples.png                 images of the trained generator
+    quality.png                 metrics of the samples over the epochs
     samples_by_epoch.png        images of the same noise, from before the training to its end
     training.gif                the same as a moving picture
     interpolation.png           walks between points of the noise
     neighbours.png              generated images above the training images nearest to them
     optimal_discriminator.png   a trained discriminator and the formula of the optimal one, in one dimension
-    losses.csv, metrics.json, config.json, model.pt (the generator)
-    ablation.csv, ablation.png  metrics, curves and samples of all variants, with --ablation
+    losses.csv, epochs.csv, quality.csv, metrics.json, config.json, model.pt (the generator)
+and with --ablation:
+    ablation.png                D(x), D(G(z)) and samples of all variants
+    ablation_metrics.png        metrics of the samples of all variants, means over the seeds
+    ablation.csv                the same and other metrics as a table
 """
 
 import sys
@@ -55,9 +59,7 @@ VARIANTS = {
         dict(d_learning_rate=1e-3, g_learning_rate=4e-4),
     ),
     "d-freq-2": ("is a discriminator updated twice as often a better teacher?", dict(d_freq=2)),
-    "d-freq-5": ("and one updated five times as often?", dict(d_freq=5)),
     "no-average": ("what does the average of the generator's weights do?", dict(ema_decay=0.0)),
-    "label-smoothing": ("what does one-sided label smoothing do?", dict(real_label=0.9)),
     "relativistic": (
         "is a relativistic loss with R1 and R2 (Huang et al. 2024, arXiv 2501.05441) better?",
         dict(loss="relativistic"),
@@ -96,7 +98,6 @@ def train_main_loop(
     ] = "non-saturating",
     penalty: Annotated[float, "weight of the gradient penalty R1 + R2"] = 0.01,
     penalty_every: Annotated[int, "discriminator updates for one with the penalty"] = 4,
-    real_label: Annotated[Fraction, "target for real images; below 1 it is label smoothing"] = 1.0,
     ema_decay: Annotated[Fraction, "decay of the average of the generator's weights"] = 0.9995,
     dropout: Annotated[Fraction, "dropout in the discriminator", NETWORK] = 0.1,
     dim_z: Annotated[int, "dimensions of the noise", NETWORK] = 100,
@@ -133,7 +134,7 @@ def train_main_loop(
             has_penalty = run.iteration % penalty_every == 0
             d_loss, outputs_real, outputs_fake, _ = train_discriminator(
                 discriminator, d_optimizer, x, fake_images, criterion, run.device,
-                real_label=real_label, relativistic=loss == "relativistic",
+                relativistic=loss == "relativistic",
                 penalty=penalty * penalty_every if has_penalty else 0.0,
             )  # fmt: skip
             g_loss = None
@@ -164,12 +165,19 @@ def ema_with_warm_up(decay):
 
 
 def monitor_images(run, generator, epoch):
-    """Keep images of the same noise for figures of the training; print the means of the epoch, with warnings."""
+    """Keep images of the same noise for figures of the training; print the means of the epoch, with warnings.
+
+    Every ten epochs and at the end also measure the quality of samples, for quality.csv and quality.png.
+    """
     run.snapshot(epoch, generator.sample(gan_results.NUM_SNAPSHOT))
+    if epoch == 0:
+        return
+    if epoch % 10 == 0 or epoch == run.options["num_epochs"]:
+        gan_results.log_quality(run, generator, epoch)
     means = run.means()
-    if means:
-        warnings = gan_results.find_trouble(generator, dataset=run.args.dataset, **means)
-        run.print_epoch(epoch, *warnings, **means)
+    run.log("epochs", epoch=epoch, **{name: means.get(name) for name in gan_results.WORDS})
+    warnings = gan_results.find_trouble(generator, dataset=run.args.dataset, **means)
+    run.print_epoch(epoch, *warnings, **{gan_results.WORDS[name]: value for name, value in means.items()})
 
 
 def monitor_losses(run):

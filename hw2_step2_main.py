@@ -105,7 +105,7 @@ def train(
     run.track(network=network, optimizer=optimizer, schedule=schedule)
     model = parallel.wrap(network)
     if run.iteration == 0:
-        log_epoch(run, network, test_set, epoch=0)
+        log_epoch(run, network, train_set, test_set, epoch=0)
 
     for epoch in run.epochs(num_epochs):
         for images, labels in run.batches(train_images, train_labels, batch_size=batch_size):
@@ -121,8 +121,8 @@ def train(
             nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
             optimizer.step()
             schedule.step()
-            run.record(train_nll=loss)
-        log_epoch(run, network, test_set, epoch)
+            run.record(batch_nll=loss)
+        log_epoch(run, network, train_set, test_set, epoch)
 
 
 def split_parameters(network):
@@ -132,12 +132,18 @@ def split_parameters(network):
     return kernels, [each for each in network.parameters() if id(each) not in chosen]
 
 
-def log_epoch(run, network, test_set, epoch):
-    """Add a row to losses.csv and print it. The evaluation has the precision of the training, which saves time."""
+def log_epoch(run, network, train_set, test_set, epoch):
+    """Add a row to losses.csv and print it: the mean over the epoch, then the NLL of as many training as test images.
+
+    The evaluation has the precision of the training, which saves time.
+    """
+    row = dict(batch_nll=run.means().get("batch_nll"))
     with run.autocast(run.options["precision"]):
-        test_nll = evaluate(network, *test_set, run.options["binarize"])
-    row = dict(train_nll=run.means().get("train_nll"), test_nll=test_nll, test_bits=bits_per_pixel(test_nll))
-    run.log_epoch(epoch, **row)
+        for name, (images, labels) in (("train", train_set), ("test", test_set)):
+            count = len(test_set[0])
+            row[f"{name}_nll"] = evaluate(network, images[:count], labels[:count], run.options["binarize"])
+    run.log(epoch=epoch, **row, test_bits=bits_per_pixel(row["test_nll"]))
+    run.print_epoch(epoch, "train NLL {train_nll:.2f}, test NLL {test_nll:.2f} nats".format(**row))
 
 
 def build_network(conditional, **architecture):

@@ -32,7 +32,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from models.VAE import VAE_model, kl_divergence, reconstruction_loss
-from utils import cli, data, files, vae_results
+from utils import cli, data, files, machine, vae_results
 from utils.hyperparameters import NETWORK, Fraction, Range, defaults
 
 STEP = "step3_vae"
@@ -46,6 +46,9 @@ VARIANTS = {
     "batch-256": ("is the usual larger batch as good?", dict(batch_size=256)),
     "layers-256-128-64": ("layers that narrow towards the latent plane?", dict(hidden_dims=(256, 128, 64))),
     "layers-16-16-16": ("how small may the layers be?", dict(hidden_dims=(16, 16, 16))),
+    "layers-32-32-32": ("twice as wide?", dict(hidden_dims=(32, 32, 32))),
+    "layers-64-64-64": ("and twice as wide?", dict(hidden_dims=(64, 64, 64))),
+    "layers-128-128-128": ("do the widest layers need all their units?", dict(hidden_dims=(128, 128, 128))),
     "layers-256-256": ("is a layer less enough?", dict(hidden_dims=(256, 256))),
     "layers-256x4": ("does a layer more help?", dict(hidden_dims=(256, 256, 256, 256))),
     "kl-0.001": ("the lower end of the handout's KL weights: hardly a prior", dict(kl_coeff=1e-3)),
@@ -153,15 +156,18 @@ def log_epoch(run, model, train_set, test_set, epoch):
     """Add a row to losses.csv and print it: both terms for the test images and as many training images."""
     row = dict(loss=run.means().get("loss"))
     for name, (images, _) in (("train", train_set), ("test", test_set)):
-        x = data.binarize(images[: len(test_set[0])], run.options["binarize"])
-        reconstruction, kl = evaluate(model, x)
+        with machine.seeded(run.device):  # the same draws after every epoch, and none of the training's
+            x = data.binarize(images[: len(test_set[0])], run.options["binarize"])
+            reconstruction, kl = evaluate(model, x)
         row |= {
             f"{name}_elbo": -reconstruction - kl,
             f"{name}_reconstruction": reconstruction,
             f"{name}_kl": kl,
         }
     run.snapshot(epoch, vae_results.decode_plane(model, vae_results.SNAPSHOT_SIDE))
-    run.log_epoch(epoch, **row)
+    run.log(epoch=epoch, **row)
+    values = -row["train_elbo"], -row["test_elbo"]
+    run.print_epoch(epoch, "train -ELBO {:.2f}, test -ELBO {:.2f} nats".format(*values))
 
 
 @torch.no_grad()

@@ -71,7 +71,6 @@ def train_discriminator(
     fake_images,
     criterion,
     device,
-    real_label=1.0,
     relativistic=False,
     penalty=0.0,
 ):
@@ -81,7 +80,6 @@ def train_discriminator(
         images: real images, (N, 1, 28, 28) or (N, 784), in [-1, 1].
         fake_images: generated images, (N, 784). No gradient reaches the generator.
         criterion: mean binary cross-entropy on logits, `torch.nn.BCEWithLogitsLoss()`.
-        real_label: real images' target; label smoothing if below 1 (Salimans et al. 2016, arXiv 1606.03498).
         relativistic: replace the logit of each image by its difference to the logit of an image of the other
             kind (Huang et al. 2024, arXiv 2501.05441, section 2.1).
         penalty: weight of `gradient_penalty`, which the returned loss leaves out.
@@ -98,7 +96,7 @@ def train_discriminator(
     if relativistic:
         outputs_real, outputs_fake = outputs_real - outputs_fake, outputs_fake - outputs_real
     d_loss_fake = criterion(outputs_fake, torch.zeros_like(outputs_fake))
-    d_loss = criterion(outputs_real, torch.full_like(outputs_real, real_label)) + d_loss_fake
+    d_loss = criterion(outputs_real, torch.ones_like(outputs_real)) + d_loss_fake
     loss = d_loss + penalty * gradient_penalty(x, outputs, sizes) if penalty else d_loss
     d_optimizer.zero_grad()  # also clears what the generator's step has left
     loss.backward()

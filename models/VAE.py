@@ -98,38 +98,32 @@ def kl_divergence(mean, logvar):
 
 
 @torch.no_grad()
-def importance_bound(model, x, num_samples, generator=None, prior_share=0.0):
-    """Return log 1/K sum_k p(x|z_k) p(z_k) / r(z_k|x), (N,) in nats, with K = `num_samples` z_k ~ r(z|x).
+def importance_bound(model, x, num_samples, generator=None):
+    """Return log 1/K sum_k p(x|z_k) p(z_k) / q(z_k|x), (N,) in nats, with K = `num_samples` z_k ~ q(z|x).
 
-    With r(z|x) = q(z|x) this is the bound of Burda et al. 2016 (arXiv 1509.00519), Eq. 8. Its expectation
-    grows with K from the ELBO to log p(x), and slowly so for an image whose q(z|x) is misplaced.
+    This is the bound of Burda et al. 2016 (arXiv 1509.00519), Eq. 8. Its expectation grows with K from the
+    ELBO to log p(x), and slowly so for an image whose q(z|x) is misplaced.
 
     Args:
         x: targets in [0, 1], (N, ...).
         generator: CPU `torch.Generator` of the noise, by default a new one with seed 0.
-        prior_share: fraction of the samples, 0 to 1, from the prior p(z), which visits the whole latent
-            space. The rest come from q(z|x). r is the mixture of both in these proportions, the balance
-            heuristic (Veach & Guibas 1995, section 3). The estimate of p(x) stays unbiased.
     """
-    if num_samples < 1 or not 0 <= prior_share <= 1:
-        raise ValueError(f"num_samples must be >= 1, prior_share 0 to 1, not {num_samples}, {prior_share}")
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, not {num_samples}")
     generator = generator or torch.Generator().manual_seed(0)
-    num_prior = round(prior_share * num_samples)
-    share, zero = x.new_tensor(num_prior / num_samples), x.new_zeros(())
-    bounds = []
+    bounds, zero = [], x.new_zeros(())
     for images in x.flatten(1).split(max(1, NUM_DECODED // num_samples)):
         mean, logvar = model.encode(images)
         total = torch.full_like(mean[:, 0], -math.inf)
-        for samples in torch.arange(num_samples, device=x.device).split(NUM_DECODED):
-            noise = torch.randn(len(samples), *mean.shape, generator=generator).to(mean)
-            from_prior = samples[:, None, None] < num_prior
-            z = torch.where(from_prior, noise, mean + torch.exp(0.5 * logvar) * noise)
-            log_prior, log_q = _log_normal(z, zero, zero), _log_normal(z, mean, logvar)
-            log_r = torch.logaddexp(share.log() + log_prior, (1 - share).log() + log_q)
+        for start in range(0, num_samples, NUM_DECODED):
+            count = min(NUM_DECODED, num_samples - start)
+            noise = torch.randn(count, *mean.shape, generator=generator).to(mean)
+            z = mean + torch.exp(0.5 * logvar) * noise
             # log p(x|z), (samples, images): minus reconstruction_loss, without its rounding near 0 and 1.
             logits = model.decode_logits(z.flatten(0, 1)).unflatten(0, z.shape[:2])
             log_p = torch.einsum("knd,nd->kn", logits, images) - F.softplus(logits).sum(2)
-            total = torch.logaddexp(total, (log_p + log_prior - log_r).logsumexp(0))
+            log_weights = log_p + _log_normal(z, zero, zero) - _log_normal(z, mean, logvar)
+            total = torch.logaddexp(total, log_weights.logsumexp(0))
         bounds.append(total - math.log(num_samples))
     return torch.cat(bounds)
 

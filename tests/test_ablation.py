@@ -244,6 +244,6 @@ def test_table_of_metrics_that_not_every_run_has(tmp_path):
         (tmp_path / name).mkdir()
         entries = {key: {"value": value} for key, value in results.items()}
         (tmp_path / name / "metrics.json").write_text(json.dumps(entries))
-    table = ablation.table([None, "latent-5"], range(1), lambda name, _: tmp_path / (name or "default"))
+    table = ablation.table({None: [tmp_path / "default"], "latent-5": [tmp_path / "latent-5"]})
     assert table["test_kl_mean"] == [9.0, 7.0] and table["test_nll_mean"] == [130.0, None]
     assert table["variant"] == ["default", "latent-5"] and table["test_kl_std"] == [None, None]

@@ -72,31 +72,12 @@ def test_a_run_warns_and_its_files_make_the_figure_of_an_ablation(
     assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_mean_over_the_last_epoch_weighs_a_short_batch_by_its_size():
-    """With 10 images in batches of 4, the last epoch is the iterations 4, 5 and 6 with 4, 4 and 2 images."""
-    history = dict(iteration=[1, 2, 3, 4, 5, 6], loss=[9, 9, 9, 1, 2, 6], g_loss=[None, 9, None, 3, None, 7])
-    mean = gan_results.mean_over_last_epoch
-    assert mean(history, "loss", 10, 4) == pytest.approx((4 * 1 + 4 * 2 + 2 * 6) / 10)
-    assert mean(history, "g_loss", 10, 4) == pytest.approx((4 * 3 + 2 * 7) / 6)
-    assert mean({**history, "g_loss": [None] * 6}, "g_loss", 10, 4) is None
-    # If --minutes cuts the last epoch short, the mean reaches back into the epoch before it.
-    cut = dict(iteration=[1, 2, 3, 4], loss=[9, 2, 6, 1])
-    assert mean(cut, "loss", 10, 4) == pytest.approx((4 * 2 + 2 * 6 + 4 * 1) / 10)
-
-
-@pytest.mark.parametrize("real_label", [0.0, 0.5, 0.9, 1.0])
-def test_optimum_of_the_discriminator_is_the_smallest_loss(real_label):
-    d = torch.linspace(1e-6, 1 - 1e-6, 100_001, dtype=torch.double)  # D(x), the same everywhere
-    losses = -real_label * d.log() - (1 - real_label) * (1 - d).log() - (1 - d).log()
-    assert gan_results.discriminator_optimum(real_label) == pytest.approx(losses.min().item(), abs=1e-5)
-
-
 def test_losses_are_drawn_over_epochs_with_their_optima(monkeypatch):
     drawn = []
     monkeypatch.setattr(gan_results.plotting, "save_curves", lambda *args, **more: drawn.append((args, more)))
     history = dict(iteration=[1, 2, 3], epoch=[1, 1, 2], d_loss=[1, 2, 3], g_loss=[4, None, 5])
     history |= dict(d_real=[0.6] * 3, d_fake=[0.4] * 3)
-    gan_results.draw_losses("loss.png", history, dict(loss="saturating", real_label=1.0))
+    gan_results.draw_losses("loss.png", history, dict(loss="saturating"))
     (_, x, ((_, losses, optima), (_, outputs, _))), more = drawn[0]
     assert x == [0.5, 1, 1.5] and more["smooth"] == 2
     assert list(losses.values()) == [history["d_loss"], history["g_loss"]] and len(outputs) == 2

@@ -129,16 +129,13 @@ def constant_model(logit=0.0, num_pixels=784):
     return model
 
 
-@pytest.mark.parametrize("prior_share", [0.0, 0.3, 0.5, 1.0])
-def test_the_bound_of_a_decoder_that_ignores_z(prior_share):
-    """The pixels are independent, which gives log p(x). The bound averages p(z) / r(z), whose mean is one."""
+def test_the_bound_of_a_decoder_that_ignores_z():
+    """The pixels are independent, which gives log p(x). The bound averages p(z) / q(z|x), whose mean is one."""
     x = (torch.rand(3, 1, 4, 4) < 0.2).float()
     expected = Bernoulli(logits=torch.tensor(-1.0)).log_prob(x).sum((1, 2, 3))
-    bound = importance_bound(constant_model(-1.0, 16), x, 50_000, prior_share=prior_share)
-    # Samples from the prior alone are exact, with each weight one. Samples from the narrow q alone leave rare, large
-    # weights. Their variance does not exist, and the error falls slowly.
-    tolerance = {0.0: 0.3, 0.3: 0.03, 0.5: 0.03, 1.0: 1e-3}[prior_share]
-    assert torch.allclose(bound, expected, atol=tolerance, rtol=0)
+    bound = importance_bound(constant_model(-1.0, 16), x, 50_000)
+    # The narrow q leaves rare, large weights. Their variance does not exist, and the error falls slowly.
+    assert torch.allclose(bound, expected, atol=0.3, rtol=0)
 
 
 def tiny_model(num_pixels=3):
@@ -154,19 +151,6 @@ def test_probabilities_of_all_images_add_up_to_one():
     model = tiny_model()
     x = torch.tensor(list(itertools.product([0.0, 1.0], repeat=3)))
     assert plane_log_likelihood(model, x, 0.1, 6.0).exp().sum().item() == pytest.approx(1, abs=1e-4)
-    bound = importance_bound(model, x, 100_000, prior_share=0.5)
-    assert bound.exp().sum().item() == pytest.approx(1, abs=0.02)
-    assert torch.allclose(bound, plane_log_likelihood(model, x, 0.1, 6.0), atol=0.05)
-
-
-def test_a_mixture_proposal_is_unbiased():
-    """The mean of exp(bound) over many estimates of two samples each is p(x), whatever the share of the prior."""
-    model, x = tiny_model(), torch.tensor([[1.0, 0.0, 1.0]])
-    expected = plane_log_likelihood(model, x, 0.1, 6.0).exp().item()
-    for prior_share in (0.5, 1.0):
-        estimates = importance_bound(model, x.expand(20_000, 3), 2, prior_share=prior_share).exp()
-        error = (estimates.std() / len(estimates) ** 0.5).item()
-        assert error < 0.02 * expected and abs(estimates.mean().item() - expected) < 5 * error
 
 
 @pytest.fixture(scope="module")
@@ -183,15 +167,6 @@ def test_the_grid_of_the_integration_is_fine_enough(trained):
     model, x, exact = trained
     shifted = plane_log_likelihood(model, x, spacing=0.04, half_width=5.02)
     assert not torch.equal(shifted, exact) and abs(shifted.mean() - exact.mean()) < 0.02
-
-
-def test_the_bound_agrees_with_integration_over_the_plane(trained):
-    """The means agree to 0.1 nat, with half of 3,000 samples from the prior."""
-    model, x, exact = trained
-    bound = importance_bound(model, x, 3000, prior_share=0.5)
-    assert abs(bound.mean() - exact.mean()) < 0.1
-    # Where q(z|x) is misplaced, only a handful of the prior's samples count.
-    assert (bound - exact).abs().quantile(0.9) < 0.5
 
 
 def test_the_bound_grows_with_the_samples_from_the_elbo_to_log_p(trained):
@@ -212,9 +187,8 @@ def test_estimates_are_repeatable_and_leave_the_global_state():
     assert torch.equal(state, torch.get_rng_state())
     assert first.shape == (5,) and torch.equal(first, importance_bound(model, x, 3))
     assert not torch.equal(first, importance_bound(model, x, 3, torch.Generator().manual_seed(1)))
-    for bad in (dict(num_samples=0), dict(num_samples=3, prior_share=1.5)):
-        with pytest.raises(ValueError):
-            importance_bound(model, x, **bad)
+    with pytest.raises(ValueError):
+        importance_bound(model, x, 0)
     with pytest.raises(ValueError, match="two latent"):
         plane_log_likelihood(VAE_model(784, [16, 6]), x)
 
@@ -227,7 +201,8 @@ def test_estimates_decode_a_bounded_number_at_once(num_samples, monkeypatch):
         VAE_model, "decode_logits", lambda self, z: sizes.append(len(z)) or decode_logits(self, z)
     )
     model, x = constant_model(), torch.rand(10, 1, 28, 28)
-    bound = importance_bound(model, x, num_samples, prior_share=1.0)
+    nn.init.zeros_(model.encoder[-1].bias)  # q(z|x) is the prior, so the weights are p(x|z)
+    bound = importance_bound(model, x, num_samples)
     assert max(sizes) <= 7 and sum(sizes) == 10 * num_samples
     assert torch.allclose(bound, torch.tensor(-784 * math.log(2)))
     sizes.clear()
@@ -310,9 +285,10 @@ def test_three_latent_dimensions_have_every_figure_and_labelled_metrics(call_ste
     assert {f"{name}.png" for name in figures.split()} == {path.name for path in tmp_path.glob("*.png")}
     results = json.loads((tmp_path / "metrics.json").read_text())
     for suffix, pixels in (("", "dynamically"), ("_grey", "grey"), ("_threshold", "thresholded")):
-        for name in ("negative_elbo", "reconstruction", "kl", "bound"):
+        for name in ("negative_elbo", "reconstruction", "kl"):
             entry = results[f"test_{name}{suffix}"]
             assert entry["pixels"].startswith(pixels) and entry["unit"] == "nats per image"
-        assert results[f"test_bound{suffix}"]["samples"] == 2
+            assert entry["draws"] == vae_results.NUM_DRAWS and entry["standard_error"] >= 0
+    assert results["test_bound"]["samples"] == 2 and results["test_negative_elbo"]["standard_error"] > 0
     assert results["active_units"]["unit"] == "latent dimensions of 3" and "test_nll" not in results
     assert {"neighbour_accuracy", "neighbour_accuracy_pixels", "frechet_distance"} <= results.keys()

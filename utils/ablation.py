@@ -13,10 +13,8 @@ from utils import files, machine
 from utils.checkpoint import is_finished
 from utils.files import UserError
 
-DEFAULT_SEEDS = 3
 
-
-def run_all(script, folder, args, variants, given, length=(), flags=(), left_out=()):
+def run_all(script, folder, args, variants, given, length=(), flags=(), left_out=(), num_seeds=(3, 3)):
     """Train the default, or --variant, with several seeds; with --ablation the default and every variant or --variant.
 
     An ablation is there to choose by, so it is evaluated on held-out training images. Each run is a process of its
@@ -31,18 +29,22 @@ def run_all(script, folder, args, variants, given, length=(), flags=(), left_out
         length: flags for the length of each run of an ablation, unless the command line or a variant sets one. A
             variant of `left_out` with its own number of epochs is compared with the default at full length.
         flags: further flags of each run of an ablation.
+        num_seeds: how often the default and each variant are trained, unless --seeds says it.
 
     Returns:
         The folder of the run with the first seed by variant name, the default's by "default".
     """
     kind = "ablation" if args.ablation else "seeds"
     place_of_all = folder / kind
-    seeds = range(args.seed, args.seed + (args.seeds or DEFAULT_SEEDS))
+    counts = [args.seeds] * 2 if args.seeds else num_seeds
     names = _names(args, variants, left_out)
     given = [*(["--held-out", *flags] if args.ablation else []), *given]
     at_full_length = args.variant in left_out and "num_epochs" in variants[args.variant][1]
     if not args.ablation or "num_epochs" in args or args.minutes or at_full_length:
         length = ()
+
+    def seeds(name):
+        return range(args.seed, args.seed + counts[name is not None and args.ablation])
 
     def place(name, seed):
         seed_folder = place_of_all / f"seed_{seed}"
@@ -60,7 +62,7 @@ def run_all(script, folder, args, variants, given, length=(), flags=(), left_out
     files.make_folder(place_of_all)
     with files.lock(place_of_all):
         _keep_flags(place_of_all, [*length, *given])
-        runs = [(name, seed) for name in names for seed in seeds]
+        runs = [(name, seed) for name in names for seed in seeds(name)]
         to_do = [run for run in runs if args.restart or not _is_complete(place(*run))]
         _train_all([(*run, command(*run)) for run in to_do], machine.find_device(args.device))
     # Variants of an earlier call keep their rows.
@@ -68,10 +70,10 @@ def run_all(script, folder, args, variants, given, length=(), flags=(), left_out
         name
         for name in [None, *variants]
         if name in names
-        or (name and args.ablation and all(_is_complete(place(name, seed)) for seed in seeds))
+        or (name and args.ablation and all(_is_complete(place(name, seed)) for seed in seeds(name)))
     ]
     path = folder / f"{kind}.csv"
-    files.write_csv(path, table(names, seeds, place))
+    files.write_csv(path, table({name: [place(name, seed) for seed in seeds(name)] for name in names}))
     machine.say(f"table in {path}")
     return {name or "default": place(name, args.seed) for name in names}
 
@@ -137,21 +139,20 @@ def _is_complete(folder):
     return is_finished(folder) and all((folder / name).exists() for name in ("losses.csv", "model.pt"))
 
 
-def table(names, seeds, place):
-    """Make the table of the runs in the folders `place(name, seed)`.
+def table(folders):
+    """Make the table of runs; `folders` has the folders of the seeds by the name of the variant, None for the default.
 
     Returns:
         Columns: the variant, the number of seeds, then mean and standard deviation over the seeds of each metric
         that the first run has.
     """
     results = {
-        (name, seed): json.loads((place(name, seed) / "metrics.json").read_text())
-        for name in names
-        for seed in seeds
+        name: [json.loads((folder / "metrics.json").read_text()) for folder in of_seeds]
+        for name, of_seeds in folders.items()
     }
-    columns = {"variant": [name or "default" for name in names], "seeds": [len(seeds)] * len(names)}
-    for key in results[names[0], seeds[0]]:
-        found = [[results[name, seed].get(key, {}).get("value") for seed in seeds] for name in names]
+    columns = {"variant": [name or "default" for name in results], "seeds": [*map(len, results.values())]}
+    for key in next(iter(results.values()))[0]:
+        found = [[each.get(key, {}).get("value") for each in of_seeds] for of_seeds in results.values()]
         values = [[value for value in each if value is not None] for each in found]
         columns[f"{key}_mean"] = [statistics.fmean(each) if each else None for each in values]
         columns[f"{key}_std"] = [statistics.stdev(each) if len(each) > 1 else None for each in values]

@@ -1,29 +1,12 @@
-"""Checks of a run and its checkpoint, and the states of the random generators."""
+"""Checks of a run and its checkpoint."""
 
 import json
 import math
 
-import torch
-
 from utils.files import UserError
 
-VERSION = 2  # of the layout of checkpoint.pt
+VERSION = 3  # of the layout of checkpoint.pt
 KEPT = "the checkpoint before it is kept; lower the learning rate or choose another --seed"
-
-
-def random_states(device):
-    """Return the states of the global random generators of the CPU and the device, by name."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        states[device.type] = getattr(torch, device.type).get_rng_state()
-    return states
-
-
-def set_random_states(states, device):
-    """Set the global random generators. A device that the states lack goes on with other draws."""
-    torch.set_rng_state(states["cpu"].cpu())
-    if device.type in states and device.type != "cpu":
-        getattr(torch, device.type).set_rng_state(states[device.type].cpu())
 
 
 def require_same(theirs, ours, path, has_schedule):

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import hashlib
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -25,7 +26,10 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse that answers bad usage with one line instead of the whole usage."""
 
     def __init__(self, **options):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+        def wide(prog):  # a flag is one line
+            return argparse.RawDescriptionHelpFormatter(prog, max_help_position=36, width=130)
+
+        super().__init__(usage="%(prog)s [flags]", formatter_class=wide, allow_abbrev=False, **options)
 
     def parse_known_args(self, args=None, namespace=None):
         namespace, others = super().parse_known_args(args, namespace)
@@ -72,7 +76,7 @@ def make_parser(script, description, options):
         if each.type is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            metavar = "{" + ",".join(each.choices) + "}" if each.choices else each.type.__name__.upper()
+            metavar = "|".join(each.choices) if each.choices else each.type.__name__.upper()
             options |= dict(type=each.parse, metavar=metavar, nargs="+" if each.several else None)
         groups[each.group].add_argument(each.flag, **options)
     add_run_flags(parser.add_argument_group("run"))
@@ -86,7 +90,13 @@ def add_run_flags(group):
     add("--seed", type=whole_number(0), default=0, metavar="N", help="seed of all random numbers (0)")
     devices = ["auto", "cpu", "cuda", "mps"]
     add("--device", choices=devices, default="auto", help="auto is cuda where there is one, else cpu")
-    add("--dataset", choices=DATASETS, default=DATASETS[0], help=f"images to learn ({DATASETS[0]})")
+    add(
+        "--dataset",
+        choices=DATASETS,
+        default=DATASETS[0],
+        metavar="NAME",
+        help=f"one of {', '.join(DATASETS)}",
+    )
     add("--data-dir", type=folder, default=ROOT / "data", metavar="DIR", help="folder of the data (data/)")
     add("--out-dir", type=folder, metavar="DIR", help="folder for the results, made if missing")
     add("--dry-run", action="store_true", help="train on a few batches and write every file, to look around")
@@ -270,6 +280,7 @@ def _train_or_sample(run, parser, parts, own_flags, train_and_evaluate, sample):
         trained = [part for part in parts if part.partition("=")[0] not in other]
         default = default_folder(run.step, args.variant, trained) / "model.pt"
         return sample(run, args.model or default, test_set)
+    machine.say(_plan(run))
     try:
         train_and_evaluate(run, run.limit(*train_set), test_set)
     except ValueError as error:
@@ -278,6 +289,18 @@ def _train_or_sample(run, parser, parts, own_flags, train_and_evaluate, sample):
         raise UserError(
             f"{error} (--help lists the flags)"
         ) from None  # a constructor refused a hyperparameter
+
+
+def _plan(run):
+    """Return a line about the training to come: its length, its hardware, and how long the reported run took."""
+    args = run.args
+    length = f"{args.minutes:g} minutes" if args.minutes else f"{run.options['num_epochs']} epochs"
+    line = f"training for {length} on {machine.hardware(run.device)}"
+    reported = default_folder(run.step, args.variant, []) / "metrics.json"
+    if reported.exists() and not args.dry_run:
+        took = json.loads(reported.read_text())["wall_time"]
+        line += f"; the reported run took {took['value'] / 60:.0f} minutes on {took['hardware']}"
+    return line
 
 
 def _folder_of_several(step, args, parts):

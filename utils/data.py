@@ -145,14 +145,18 @@ def to_symmetric(images):
 
 
 def binarize(images, how, generator=None):
-    """Convert uint8 to float by 'threshold' (x > 0.5), 'stochastic' (Bernoulli(x) draws) or 'none' (grey)."""
+    """Convert uint8 to float by 'threshold' (x > 0.5), 'stochastic' (Bernoulli(x) draws) or 'none' (grey).
+
+    A `generator` is the CPU's, so its draws are the same on every device.
+    """
     x = to_unit(images)
     if how == "none":
         return x
     if how == "threshold":
         return (x > 0.5).float()
     if how == "stochastic":
-        return torch.bernoulli(x, generator=generator)
+        x_there = x.cpu() if generator else x
+        return torch.bernoulli(x_there, generator=generator).to(x.device)
     raise ValueError(f"how is 'threshold', 'stochastic' or 'none', not {how!r}")
 
 

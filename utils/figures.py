@@ -5,6 +5,7 @@ The user's settings of matplotlib change no figure, and drawing changes no setti
 
 import contextlib
 import io
+import math
 import threading
 from pathlib import Path
 
@@ -18,23 +19,23 @@ from torchvision.utils import make_grid
 
 from utils.files import write_atomically
 
-WIDTH = 6.3  # inches between the report's margins; figures have the size at which the report prints them
+# Inches between the report's margins, and half of them. The report prints every figure in its own size.
+WIDTH, HALF = 6.6, 3.2
 # Okabe & Ito, "Color Universal Design", 2008.
-COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442"]
 STYLE = {
-    "axes.prop_cycle": matplotlib.cycler(color=COLORS),
+    "axes.prop_cycle": matplotlib.cycler(color=COLORS[:3], linestyle=["-", "--", ":"]),  # differ in grey
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.titlesize": "medium",
+    "figure.dpi": 300,
+    "font.size": 8,  # These letters are as large as those of the report's captions.
     "grid.alpha": 0.25,
-    "font.size": 9,  # like the report's captions
-    "legend.fontsize": "small",
     "legend.edgecolor": "none",
     "pdf.fonttype": 42,  # TrueType, since many publishers refuse Type 3
     "savefig.bbox": "tight",  # no white margins
     "savefig.pad_inches": 0.02,
-    "savefig.dpi": 300,
 }
 GAP = 2  # pixels between two images of a grid
 GIF_LIMIT = 700_000  # bytes
@@ -66,39 +67,39 @@ def new_figure(path, width, height, rows=1, columns=1, vector=True, **options):
     """Give a figure (inches) and its axes to a `with` block that draws on them, then write the figure."""
     with our_style():
         figure = Figure(figsize=(width, height), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, hspace=0)
         yield figure, figure.subplots(rows, columns, **options)
         save(figure, path, vector)
 
 
 @our_style()
-def draw_images(images, columns, row_labels=(), title="", scale=0.3, axis=None, column_labels=(), marked=()):
+def draw_images(images, columns, row_labels=(), title="", scale=0.3, axis=None, headings=(), marked=()):
     """Draw a grid of images (N, 1, H, W) in [0, 1], with `columns` images in a row, and return its figure.
 
     Args:
-        row_labels, column_labels: a label for each row or column. Columns with equal labels share one.
+        row_labels: a label for each row.
+        headings: a dict of columns by what stands above them; 0.5 is between the first two columns.
         scale: inches per image in a new figure.
         axis: where to draw, or None for a new figure that has exactly the size of the grid.
-        marked: indices of images that get a coloured frame.
+        marked: indices of images that get a bright frame.
     """
     grid = _grid(images, columns)
     height, width = (length + GAP for length in images.shape[2:])  # pixels from one image to the next
     if axis is None:
         size = grid.shape[1] / width * scale, grid.shape[0] / height * scale
         # Labels and title lie outside the figure. The tight bounding box of `save` includes them.
-        axis = Figure(size, layout="none").add_axes((0, 0, 1, 1))
+        dpi = math.ceil(300 * scale / width) * width / scale  # whole pixels of the file for each pixel
+        axis = Figure(size, dpi=dpi, layout="none").add_axes((0, 0, 1, 1))
     axis.imshow(grid, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axis.grid(False)
     axis.spines[:].set_visible(False)
     axis.tick_params(length=0, labeltop=True, labelbottom=False)
     axis.set_yticks([(row + 0.5) * height for row in range(len(row_labels))], row_labels)
-    places = {label: [] for label in column_labels}
-    for column, label in enumerate(column_labels):
-        places[label].append((column + 0.5) * width)
-    axis.set_xticks([np.mean(each) for each in places.values()], list(places))
+    axis.set_xticks([(column + 0.5) * width for column in dict(headings).values()], headings)
     axis.set_title(title)
     for index in marked:
         corner = index % columns * width + 0.5, index // columns * height + 0.5
-        axis.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=COLORS[1], linewidth=1.5))
+        axis.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=COLORS[6], linewidth=2))
     return axis.figure
 
 

@@ -5,6 +5,7 @@ import csv
 import errno
 import io
 import json
+import math
 import os
 import pickle
 import zipfile
@@ -88,7 +89,15 @@ def read_csv(path):
 
 
 def metric(value, unit, formula, **more):
-    """Make an entry of metrics.json: the number, its unit, its formula and the protocol."""
+    """Make an entry of metrics.json: the number, its unit, its formula and the protocol.
+
+    A tensor of several values stands for their mean, and the entry then has the standard error of that mean.
+    """
+    if torch.is_tensor(value):
+        values = value.cpu().double()
+        value = values.mean().item()
+        if len(values) > 1:
+            more = {"standard_error": values.std().item() / math.sqrt(len(values)), **more}
     return {"value": value, "unit": unit, "formula": formula, **more}
 
 

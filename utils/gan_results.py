@@ -1,6 +1,5 @@
 """Warnings, figures and final metrics of step 1."""
 
-import json
 import math
 
 import torch
@@ -15,10 +14,14 @@ NUM_SNAPSHOT = 50  # images of the same noise that are kept after an epoch
 STRIP_ROWS = 8  # epochs shown in samples_by_epoch.png
 WALKS = 6  # rows of interpolation.png
 ABLATION_COLUMNS = 12  # samples of each run in ablation.png
+WORDS = dict(d_loss="D loss", g_loss="G loss", d_real="D(x)", d_fake="D(G(z))")  # the losses of a batch
 NUM_WATCHED = 200  # samples that are checked for mode collapse after each epoch
+NUM_MEASURED = 2000  # samples for quality.csv, every ten epochs
+QUALITY = ("frechet_distance", "classifier_score", "precision", "recall")  # its columns
 SATURATED = 0.95  # D(x) above it, with D(G(z)) as close to 0, means a saturated discriminator
 COLLAPSED = 0.5  # one digit in a larger share of the samples means mode collapse
 SHARP = 0.2  # share of white pixels among those with ink; real digits have 0.5, early samples are grey fog
+DISCRIMINATOR_OPTIMUM = math.log(4)  # its smallest loss for p_g = p_data, in nats
 # Formula of the generator's loss, and its optimum in nats. The relativistic D takes the difference of two logits.
 GENERATOR_LOSSES = {
     "non-saturating": ("-log D(G(z))", math.log(2)),
@@ -41,10 +44,14 @@ def find_trouble(generator, d_real, d_fake, dataset="MNIST", **_):
     return warnings
 
 
-def discriminator_optimum(real_label=1.0):
-    """Return the smallest loss for p_g = p_data in nats: twice the entropy of D(x) = real_label / 2."""
-    p = real_label / 2
-    return -2 * (p * math.log(p) + (1 - p) * math.log(1 - p)) if p else 0.0
+def log_quality(run, generator, epoch):
+    """Add a row to quality.csv: metrics of NUM_MEASURED samples, which quickly show how the training goes."""
+    args = run.args
+    if metrics.load_classifier(dataset=args.dataset):
+        count = metrics.NUM_JUDGED_QUICKLY if args.dry_run else NUM_MEASURED
+        samples = generator.sample(count).cpu()
+        entries = metrics.judge(samples, "none", args.held_out, args.data_dir, count, args.dataset)
+        run.log("quality", epoch=epoch, **{name: entries[name]["value"] for name in QUALITY})
 
 
 def draw_losses(path, history, options):
@@ -53,15 +60,24 @@ def draw_losses(path, history, options):
     x = [iteration / iterations_per_epoch for iteration in history["iteration"]]
     losses = {"discriminator": history["d_loss"], "generator": history["g_loss"]}
     _, g_optimum = GENERATOR_LOSSES[options["loss"]]
-    d_optimum = discriminator_optimum(options["real_label"])
     optima = {
-        f"discriminator's optimum, {d_optimum:.2f}": d_optimum,
-        f"generator's optimum, {'-' if g_optimum < 0 else ''}log 2": g_optimum,
+        "optimum, log 4": DISCRIMINATOR_OPTIMUM,
+        f"optimum, {'-' if g_optimum < 0 else ''}log 2": g_optimum,
     }
     outputs = {"$D(x)$, real images": history["d_real"], "$D(G(z))$, generated": history["d_fake"]}
     half = {"optimum, 1/2": 0.5}
     panels = [("loss (nats)", losses, optima), ("discriminator's mean output", outputs, half)]
     plotting.save_curves(path, x, panels, smooth=iterations_per_epoch)
+
+
+def draw_quality(path, quality):
+    """Draw the metrics of samples over the epochs; `quality` has the columns of quality.csv."""
+    panels = [
+        ("Fréchet distance", {"": quality["frechet_distance"]}, {}),
+        ("classifier score", {"": quality["classifier_score"]}, {}),
+        ("share of images", {name: quality[name] for name in ("precision", "recall")}, {}),
+    ]
+    plotting.save_curves(path, quality["epoch"], panels, log=["Fréchet distance"])
 
 
 def draw_samples(run, generator):
@@ -73,6 +89,8 @@ def draw_samples(run, generator):
 
 def draw_figures(run, generator, images):
     """Draw the figures beside loss.png and samples.png; `images` are the uint8 training images."""
+    if "quality" in run.tables:
+        run.draw("quality.png", draw_quality, run.tables["quality"])
     run.draw("samples_by_epoch.png", draw_samples_by_epoch, run.snapshots)
     run.draw("training.gif", figures.save_training_gif, run.snapshots, COLUMNS)
     run.draw("neighbours.png", draw_neighbours, generator, images, run.args.seed)
@@ -119,47 +137,37 @@ def draw_optimal_discriminator(path):
 
 
 def draw_ablation(path, folders, load_model):
-    """Draw D(x), D(G(z)) and samples of every run; `folders` maps the name of a run to its folder."""
+    """Draw D(x), D(G(z)) and samples of every run, and beside `path` the metrics of the table in ablation.csv.
+
+    `folders` maps the name of a run to its folder.
+    """
     strips = []
     for name, folder in folders.items():
         rows = files.read_csv(folder / "losses.csv")
         iterations_per_epoch = sum(row["epoch"] == 1 for row in rows)
         x = [row["iteration"] / iterations_per_epoch for row in rows]
         curves = {"$D(x)$": [row["d_real"] for row in rows], "$D(G(z))$": [row["d_fake"] for row in rows]}
-        # A run on another data set may lack the metrics that need a classifier.
-        distance = json.loads((folder / "metrics.json").read_text()).get("frechet_distance")
-        title = f"{name}\nFréchet {distance['value']:.0f}" if distance else name
-        samples = load_model(folder / "model.pt").sample(ABLATION_COLUMNS)
-        strips.append((title, x, curves, samples))
+        strips.append((name, x, curves, load_model(folder / "model.pt").sample(ABLATION_COLUMNS)))
     plotting.save_strips(path, strips, xlabel="epoch", ylim=(0, 1))
-
-
-def mean_over_last_epoch(history, name, num_images, batch_size):
-    """Return the mean of a column over the last epoch's images; None if no batch has a value (a large d_freq)."""
-    iterations_per_epoch = math.ceil(num_images / batch_size)
-    total = seen = 0
-    last = slice(-iterations_per_epoch, None)
-    for iteration, value in zip(history["iteration"][last], history[name][last]):
-        if value is not None:
-            first = (iteration - 1) % iterations_per_epoch * batch_size
-            size = min(batch_size, num_images - first)
-            total, seen = total + value * size, seen + size
-    return total / seen if seen else None
+    table = path.with_suffix(".csv")
+    if table.exists():
+        panels = {key.replace("_", " ").replace("frechet", "Fréchet"): {"": key} for key in QUALITY}
+        where = path.with_name("ablation_metrics.png")
+        plotting.save_ablation(where, files.read_csv(table), panels, log=["Fréchet distance"])
 
 
 def write_metrics(run, generator, images):
     """Write metrics.json: the quality of samples, and means over the last epoch. A GAN has no likelihood."""
     descriptions = dict(
-        d_loss=("nats", "-log D(x) - log(1 - D(G(z)))", discriminator_optimum(run.options["real_label"])),
+        d_loss=("nats", "-log D(x) - log(1 - D(G(z)))", DISCRIMINATOR_OPTIMUM),
         g_loss=("nats", *GENERATOR_LOSSES[run.options["loss"]]),
         d_real=("probability", "D(x)", 0.5),
         d_fake=("probability", "D(G(z))", 0.5),
     )
-    over = "the last epoch's number of iterations, dropout active in the discriminator"
-    protocol = dict(over=over, train_images=len(images))
+    protocol = dict(over="the last epoch, dropout active in the discriminator", train_images=len(images))
     _, results = metrics.judge_sampler(run, generator.sample)
     for name, (unit, formula, optimum) in descriptions.items():
-        value = mean_over_last_epoch(run.history, name, len(images), run.options["batch_size"])
-        if value is not None:
+        value = run.tables["epochs"][name][-1]
+        if value is not None:  # a large d_freq may leave the generator without an update
             results[name] = files.metric(value, unit, formula, optimum=optimum, **protocol)
     run.finish(HEADLINE, **results)

@@ -16,8 +16,8 @@ REPORT = ROOT / "report" / "report.pdf"
 
 # Patterns of the archive's files. --sample-only, the metrics and the tests need the trained networks.
 CONTENTS = [
-    *("README.md", "requirements.txt", "pytest.ini", "hw2_step?_main.py", "report/make_numbers.py"),
-    *("models/*.py", "utils/*.py", "tests/*.py", "data/README.md", "data/MNIST/raw/*.gz"),
+    *("README.md", "requirements.txt", "*/README.md", "LICENSE", "pytest.ini", "hw2_step?_main.py"),
+    *("models/*.py", "utils/*.py", "tests/*.py", "report/make_numbers.py", "data/MNIST/raw/*.gz"),
     *(f"results/*/{name}" for name in ("model.pt", "config.json", "metrics.json", "floors.json")),
     *(f"results/*/variants/*/{name}" for name in ("model.pt", "config.json", "metrics.json")),
 ]

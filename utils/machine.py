@@ -22,6 +22,7 @@ def find_device(name):
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available[name]:
         raise UserError(f"torch finds no {name} device on this machine: --device auto takes what there is")
+    torch.backends.cudnn.allow_tf32 = False  # single precision is meant as such
     return torch.device(name)
 
 
@@ -37,6 +38,32 @@ def autocast(device, precision):
     """Return the context of 'bfloat16', 'float32', or 'auto': bfloat16 where the hardware has it."""
     enabled = precision == "bfloat16" or (precision == "auto" and has_bfloat16_units(device))
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def random_states(device):
+    """Return the states of the global random generators of the CPU and the device, by name."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        states[device.type] = getattr(torch, device.type).get_rng_state()
+    return states
+
+
+def set_random_states(states, device):
+    """Set the global random generators. A device that the states lack goes on with other draws."""
+    torch.set_rng_state(states["cpu"].cpu())
+    if device.type in states and device.type != "cpu":
+        getattr(torch, device.type).set_rng_state(states[device.type].cpu())
+
+
+@contextlib.contextmanager
+def seeded(device, seed=0):
+    """Draw from this seed inside; afterwards the global random generators go on as if nothing had been drawn."""
+    states = random_states(device)
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        set_random_states(states, device)
 
 
 def keep_freed_memory():

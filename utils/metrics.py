@@ -46,19 +46,16 @@ def judge(
     (train_images, _), (test_images, _) = load_data(data_dir, dataset, images.device)
     held_out_images = train_images[-NUM_HELD_OUT:]
     reference = (held_out_images if held_out else test_images)[:num_real]
-    draw = torch.Generator(images.device).manual_seed(0)
+    draw = torch.Generator().manual_seed(0)
     real = binarize(reference, pixels, draw)
     sigma_images = binarize(held_out_images[:NUM_SIGMA_IMAGES], pixels, draw)
-    values = compare(images, real, sigma_images, load_classifier(images.device, dataset))
+    entries = compare(images, real, sigma_images, load_classifier(images.device, dataset))
     against = f"{len(reference)} {'held-out training' if held_out else 'test'} images, pixels {pixels}"
     comparable = len(images) == NUM_JUDGED and not (held_out or num_real)
     path = classifier_folder(dataset) / "floors.json"
     floors = json.loads(path.read_text())[pixels] if comparable and path.exists() else {}
     more = dict(samples=len(images), against=against)
-    return {
-        name: files.metric(value, *DESCRIPTIONS[name], **more, floor=floors.get(name))
-        for name, value in values.items()
-    }
+    return {name: {**entry, **more, "floor": floors.get(name)} for name, entry in entries.items()}
 
 
 def judge_sampler(run, sample, pixels="none"):
@@ -95,29 +92,47 @@ DESCRIPTIONS = dict(
     density=("ratio", f"real images with a sample in {IN_FEATURES}, / k, mean over samples"),
     coverage=("share of real images", f"real images with a sample in {IN_FEATURES}"),
     parzen=("nats per image", "mean log-density under Gaussians of width sigma at the samples"),
-    parzen_error=("nats per image", "standard error of the Parzen log-likelihood's mean"),
     parzen_sigma=("pixel intensity", "of logspace(-1, 0, 10), the best on held-out training images"),
 )
 
 
 def compare(samples, real, sigma_images, classifier=None):
-    """Return the metrics of samples (N, 1, 28, 28) in [0, 1] as floats; without a classifier, those of Parzen alone."""
-    density, error, sigma = parzen_log_likelihood(samples, real, sigma_images)
-    parzen = dict(parzen=density, parzen_error=error, parzen_sigma=sigma)
-    if classifier is None:
-        return parzen
-    sample_features, of_class = _features(samples, classifier)
-    real_features, _ = _features(real, classifier)
-    shares = digit_shares(of_class.argmax(1))
-    return dict(
-        frechet_distance=frechet_distance(sample_features, real_features),
-        classifier_score=classifier_score(of_class),
-        largest_share=shares.max().item(),
-        smallest_share=shares.min().item(),
-        share_distance=(shares - 1 / NUM_CLASSES).abs().sum().item() / 2,
-        **neighbour_metrics(sample_features, real_features),
-        **parzen,
-    )
+    """Return entries for metrics.json about samples (N, 1, 28, 28) in [0, 1]; without a classifier, Parzen's alone."""
+    densities, sigma = parzen_log_likelihood(samples, real, sigma_images)
+    values, errors = dict(parzen=densities, parzen_sigma=sigma), {}
+    if classifier:
+        features, of_class = _features(samples, classifier)
+        real_features, _ = _features(real, classifier)
+        digits = of_class.argmax(1)
+        shares = digit_shares(digits)
+        statistics = dict(
+            frechet_distance=(lambda x: frechet_distance(x, real_features), features),
+            classifier_score=(classifier_score, of_class),
+            share_distance=(lambda x: (digit_shares(x) - 1 / NUM_CLASSES).abs().sum().item() / 2, digits),
+        )
+        errors = {name: jackknife_error(*statistic) for name, statistic in statistics.items()}
+        values = dict(
+            **{name: function(x) for name, (function, x) in statistics.items()},
+            largest_share=digits == shares.argmax(),
+            smallest_share=digits == shares.argmin(),
+            **neighbour_metrics(features, real_features),
+            **values,
+        )
+    entries = {name: files.metric(value, *DESCRIPTIONS[name]) for name, value in values.items()}
+    for name, error in errors.items():
+        entries[name]["standard_error"] = error
+    return entries
+
+
+def jackknife_error(statistic, x, groups=10):
+    """Return the standard error of `statistic(x)`, a float, by leaving out one of ten groups of rows after another.
+
+    Efron & Tibshirani 1993, "An Introduction to the Bootstrap", section 11.5, with groups in place of single rows.
+    """
+    parts = x.chunk(groups)
+    rest = [torch.cat(parts[:i] + parts[i + 1 :]) for i in range(len(parts))]
+    values = torch.tensor([statistic(each) for each in rest], dtype=torch.float64)
+    return ((len(parts) - 1) * values.var(correction=0)).sqrt().item()
 
 
 def classifier_folder(dataset):
@@ -136,8 +151,7 @@ def load_classifier(device="cpu", dataset="MNIST"):
 
 
 def probabilities(images, dataset="MNIST"):
-    """Return the classifier's probability of each class for images (N, 1, 28, 28) in [0, 1]: (N, 10)."""
-    images = images.cpu()  # in double precision, which not every accelerator has
+    """Return the classifier's probability of each class for images (N, 1, 28, 28) in [0, 1]: (N, 10), on the CPU."""
     return _features(images, load_classifier(images.device, dataset))[1]
 
 
@@ -148,9 +162,12 @@ def classify(images, dataset="MNIST"):
 
 @torch.no_grad()
 def _features(images, classifier):
-    """Return features (N, 64) and probabilities (N, 10) of images, in double precision."""
+    """Return features (N, 64) and probabilities (N, 10) of images, in double precision on the CPU."""
     features = torch.cat([classifier.features(x) for x in images.split(CHUNK)])
-    return features.double(), classifier.to_logits(features).double().softmax(1)
+    logits = classifier.to_logits(features)
+    return features.cpu().double(), logits.cpu().double().softmax(
+        1
+    )  # not every accelerator has double precision
 
 
 def frechet_distance(a, b):
@@ -181,22 +198,22 @@ def digit_shares(labels):
 def neighbour_metrics(samples, real, k=NEIGHBOURS):
     """Return precision, recall, density and coverage of features, samples (N, d) and real (M, d), N and M above k.
 
-    The k-NN neighbourhood of a point reaches to its k-th nearest neighbour. Precision and recall: Kynkaanniemi et al.
+    Each is a tensor with a value of every sample or real image; its mean is the metric. The k-NN neighbourhood of a point reaches to its k-th nearest neighbour. Precision and recall: Kynkaanniemi et al.
     2019 (arXiv 1904.06991), Eq. 2. Density and coverage: Naeem et al. 2020 (arXiv 2002.09797), section 3.
     """
     sample_radius = _radius(samples, k)
-    neighbourhoods, recalled, covered = torch.zeros(len(samples), device=samples.device), 0, 0
+    neighbourhoods, recalled, covered = torch.zeros(len(samples), device=samples.device), [], []
     for chunk, real_radius in zip(real.split(CHUNK), _radius(real, k).split(CHUNK)):
         distance = torch.cdist(chunk, samples)  # (chunk, N)
         in_neighbourhood = distance <= real_radius[:, None]
         neighbourhoods += in_neighbourhood.sum(0)
-        covered += in_neighbourhood.any(1).sum().item()
-        recalled += (distance <= sample_radius).any(1).sum().item()
+        covered.append(in_neighbourhood.any(1))
+        recalled.append((distance <= sample_radius).any(1))
     return dict(
-        precision=(neighbourhoods > 0).double().mean().item(),
-        recall=recalled / len(real),
-        density=neighbourhoods.double().mean().item() / k,
-        coverage=covered / len(real),
+        precision=neighbourhoods > 0,
+        recall=torch.cat(recalled),
+        density=neighbourhoods / k,
+        coverage=torch.cat(covered),
     )
 
 
@@ -206,16 +223,15 @@ def _radius(x, k):
 
 
 def parzen_log_likelihood(samples, test, validation, sigmas=SIGMAS):
-    """Return the mean log-density of test images under a Parzen window at the samples (N, ...).
+    """Return the log-density of each test image (M, ...) under a Parzen window at the samples (N, ...).
 
     Goodfellow et al. 2014, section 5. It ranks models wrongly: centres of k-means score above training images (Theis
-    et al. 2016, arXiv 1511.01844). Returns mean and standard error in nats, and sigma, by the validation images.
+    et al. 2016, arXiv 1511.01844). Returns densities (M,) in nats, and sigma, the best for the validation images.
     """
     samples, test, validation = (images.flatten(1) for images in (samples, test, validation))
     densities = _log_densities(validation, samples, sigmas).mean(1)
     best = sigmas[densities.argmax()]
-    (density,) = _log_densities(test, samples, [best])
-    return density.mean().item(), (density.std() / math.sqrt(len(density))).item(), best
+    return _log_densities(test, samples, [best])[0], best
 
 
 def _log_densities(x, centres, sigmas):
@@ -233,8 +249,3 @@ def nearest(samples, images):
     """Return the index of the image nearest to each sample in pixels, Euclidean: (N,)."""
     samples, images = samples.flatten(1), images.flatten(1)
     return torch.cat([torch.cdist(chunk, images).argmin(1) for chunk in samples.split(CHUNK)])
-
-
-def neighbour_accuracy(points, labels, references, reference_labels):
-    """Return the share of points (N, ...) whose nearest reference (M, ...), Euclidean, has their label."""
-    return (reference_labels[nearest(points, references)] == labels).float().mean().item()

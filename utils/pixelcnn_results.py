@@ -8,14 +8,15 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from models.AR import ConditionalPixelCNN
-from utils import figures, files, metrics, parallel, plotting
+from utils import figures, files, machine, metrics, parallel, plotting
 from utils.data import binarize
 
 NUM_CLASSES = 10
+NUM_DRAWS = 5  # of stochastic pixels, in the final metrics
 NUM_PIXELS = 28 * 28
 HEADLINE = ("test_nll", "train_nll", "recognised")  # printed at the end
 COLUMNS = 10  # samples in a row of a figure
-NUM_COMPARED = 49  # images of each kind in comparison.png
+NUM_COMPARED = 25  # images of each kind in comparison.png
 SURE = 0.9  # smallest probability of its class that leaves an image there without a frame
 NUM_PROBED = 1000  # test images over which the receptive field is measured
 PIXELS_A_FRAME = 14  # of drawing.gif
@@ -30,16 +31,18 @@ def inputs(network, x, labels):
     return (x,)
 
 
-def binarize_test(images, how):
-    """Binarise uint8 test images. Stochastic pixels are the same at every call, so that epochs compare."""
-    return binarize(images, how, torch.Generator(images.device).manual_seed(0))
+def binarize_test(images, how, num_draws=1):
+    """Binarise uint8 test images, (num_draws * N, 1, 28, 28). The draws are the same at every call and on every device."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.cat([binarize(images, how, generator) for _ in range(num_draws)])
 
 
 @torch.no_grad()
 def pixel_nll(network, x, labels, batch_size=250):
     """Return -log p(x_i | x_1, ..., x_{i-1}) of every pixel in nats, (N, 1, 28, 28), for images x in {0, 1}."""
-    nll = []
-    for some, their_labels in zip(x.split(batch_size), labels.split(batch_size)):
+    nll, silent = [], None if parallel.is_first() else True
+    chunks = tqdm(x.split(batch_size), "evaluation", unit="batch", disable=silent, leave=False)
+    for some, their_labels in zip(chunks, labels.split(batch_size)):
         logits = network(*inputs(network, some, their_labels)).float()
         nll.append(F.binary_cross_entropy_with_logits(logits, some, reduction="none"))
     return torch.cat(nll)
@@ -62,7 +65,7 @@ def bits_per_pixel(nll):
 def label_log_likelihoods(network, x):
     """Return log p(x | y) for each label y, (N, 10) in nats; the largest belongs to the most likely label (Bayes)."""
     columns = []
-    for label in tqdm(range(NUM_CLASSES), "Bayes' rule", unit="label", disable=None, leave=False):
+    for label in range(NUM_CLASSES):
         labels = torch.full((len(x),), label, device=x.device)
         columns.append(-pixel_nll(network, x, labels).sum((1, 2, 3)))
     return torch.stack(columns, 1)
@@ -87,12 +90,10 @@ def sample_evenly(network, count, generator):
 
 def draw_losses(path, history, how):
     """Draw the NLL over the epochs. The much higher value before the training stands in the legend."""
+    curves = {"training images": [None, *history["train_nll"][1:]]}
     before, *after = history["test_nll"]
-    curves = {
-        "training images, during the epoch": history["train_nll"],
-        f"test images ({before:.0f} before the training)": [None, *after],
-    }
-    plotting.save_curves(path, history["epoch"], [(f"NLL, {how} pixels (nats per image)", curves, {})])
+    curves[f"test images ({before:.0f} before training)"] = [None, *after]
+    plotting.save_curves(path, history["epoch"], [(f"NLL, {how} pixels\n(nats per image)", curves, {})])
 
 
 def draw_samples(run, network, test_set, unconditional=None):
@@ -139,7 +140,8 @@ def draw_comparison(path, grids, dataset):
         for title, images in grids.items():
             sureness = metrics.probabilities(images, dataset).max(1).values
             marked[title] = (sureness < SURE).nonzero().flatten().tolist()
-    plotting.save_side_by_side(path, grids, math.isqrt(NUM_COMPARED), marked)
+    columns = {title: [images] for title, images in grids.items()}
+    plotting.save_grid_table(path, columns, math.isqrt(NUM_COMPARED), marked=marked)
 
 
 def draw_completions(path, network, real, labels, noise):
@@ -153,8 +155,8 @@ def draw_completions(path, network, real, labels, noise):
     halves = originals.clone()
     halves[:, :, ROWS_GIVEN:] = 0.5
     rows = torch.cat([originals[:, None], halves[:, None], completed], 1).flatten(0, 1)
-    headings = ["original", "given", *["completions"] * COLUMNS]
-    plotting.save_images(path, rows, COLUMNS + 2, names.tolist(), scale=0.48, column_labels=headings)
+    headings = {"real": 0, "half": 1, "completions": (COLUMNS + 3) / 2}
+    plotting.save_images(path, rows, COLUMNS + 2, names.tolist(), scale=0.28, headings=headings)
 
 
 def write_metrics(run, network, train_set, test_set):
@@ -163,20 +165,21 @@ def write_metrics(run, network, train_set, test_set):
     how, (images, labels) = run.options["binarize"], test_set
     protocol = dict(binarization=how, train_images=len(train_set[0]), test_images=len(images))
     x = binarize_test(images, how)
-    nll = pixel_nll(network, x, labels)
-    run.draw("nll_map.png", plotting.save_map, nll.mean((0, 1)), f"NLL (nats, {how})")
-    run.draw("nll_digits.png", draw_nll_digits, nll, labels, how)
+    machine.say("likelihoods of test and training images")
+    nll = nll_of_draws(network, images, labels, how)
+    train_nll = nll_of_draws(network, *(each[: len(images)] for each in train_set), how)
+    run.draw("nll_map.png", plotting.save_map, nll.mean((0, 1, 2)), f"NLL (nats, {how})")
+    run.draw("nll_digits.png", draw_nll_digits, nll.mean(0), labels, how)
     field = receptive_field(network, x[:NUM_PROBED], labels[:NUM_PROBED], SEEN_FROM)
     run.draw("receptive_field.png", plotting.save_receptive_field, field, SEEN_FROM)
     given = "x_1, ..., x_{i-1}" + (", y" if conditional else "")
     formula, unit = f"-sum_i log p(x_i | {given}), mean over images", "nats per image"
-    test_nll = nll.sum().item() / len(x)
-    train_nll = evaluate(network, *(each[: len(images)] for each in train_set), how)
-    bits, over = bits_per_pixel(test_nll), f"first {len(images)} training images"
+    over = f"first {len(images)} training images"
+    values, more = independent_values(nll), dict(draws=len(nll), **protocol)
     results = dict(
-        test_nll=files.metric(test_nll, unit, formula, **protocol),
-        test_bits=files.metric(bits, "bits per pixel", "test_nll / (784 log 2)", **protocol),
-        train_nll=files.metric(train_nll, unit, formula, over=over, **protocol),
+        test_nll=files.metric(values, unit, formula, **more),
+        test_bits=files.metric(bits_per_pixel(values), "bits per pixel", "test_nll / (784 log 2)", **more),
+        train_nll=files.metric(independent_values(train_nll), unit, formula, over=over, **more),
     )
     if conditional:
         results |= label_metrics(run, network, x, labels, protocol)
@@ -184,12 +187,22 @@ def write_metrics(run, network, train_set, test_set):
     results |= quality
     if conditional and metrics.load_classifier(dataset=run.args.dataset):
         recognised = metrics.classify(samples, run.args.dataset) == torch.arange(len(samples)) % NUM_CLASSES
-        share, what = (
-            recognised.double().mean().item(),
-            "the digit classifier sees the digit that was asked for",
-        )
-        results["recognised"] = files.metric(share, "share of samples", what, samples=len(samples))
+        what = "the digit classifier sees the digit that was asked for"
+        results["recognised"] = files.metric(recognised, "share of samples", what, samples=len(samples))
     run.finish(HEADLINE, **results)
+
+
+def nll_of_draws(network, images, labels, how):
+    """Return the NLL of every pixel, (draws, N, 1, 28, 28), for NUM_DRAWS draws of stochastic pixels."""
+    num_draws = NUM_DRAWS if how == "stochastic" else 1
+    x = binarize_test(images, how, num_draws)
+    return pixel_nll(network, x, labels.repeat(num_draws)).unflatten(0, (num_draws, -1))
+
+
+def independent_values(nll):
+    """Return the values to average: the mean NLL of each draw, or of a single draw the NLL of each image."""
+    totals = nll.sum((2, 3, 4))
+    return totals.mean(1) if len(totals) > 1 else totals[0]
 
 
 def label_metrics(run, network, x, labels, protocol):
@@ -198,13 +211,12 @@ def label_metrics(run, network, x, labels, protocol):
         log_likelihoods = label_log_likelihoods(network, x)
     guesses = log_likelihoods.argmax(1)
     run.draw("bayes.png", plotting.save_confusion, labels, guesses, "label with the highest log p(x|y)")
-    accuracy = (guesses == labels).float().mean().item()
-    mixture_nll = math.log(NUM_CLASSES) - log_likelihoods.logsumexp(1).mean().item()
+    mixture_nll = math.log(NUM_CLASSES) - log_likelihoods.logsumexp(1)
     precision = "in the precision of the training"
     guess = f"argmax_y log p(x | y) is the label; {precision}"
     mixture = f"-log 1/10 sum_y p(x | y), which is told no label, mean over images; {precision}"
     return dict(
-        bayes_accuracy=files.metric(accuracy, "share of test images", guess, **protocol),
+        bayes_accuracy=files.metric(guesses == labels, "share of test images", guess, **protocol),
         mixture_nll=files.metric(mixture_nll, "nats per image", mixture, **protocol),
     )
 

@@ -5,14 +5,16 @@ import math
 import numpy as np
 import torch
 from matplotlib.colors import ListedColormap, LogNorm
-from matplotlib.ticker import MaxNLocator
+from matplotlib.patches import Circle
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from torch.nn.functional import pad
 
-from utils.figures import COLORS, WIDTH, draw_images, new_figure, our_style, save
+from utils.figures import COLORS, HALF, WIDTH, draw_images, new_figure, our_style, save
 
-# A colour for each digit: Paul Tol, "Colour Schemes", 2021, the scheme "muted", and black.
-COLOR_CODES = "332288 CC6677 117733 DDCC77 88CCEE 882255 44AA99 999933 AA4499 000000"
+# A colour for each digit: Paul Tol, "Colour Schemes", 2021, the scheme "muted", and orange.
+COLOR_CODES = "332288 CC6677 117733 DDCC77 88CCEE 882255 44AA99 999933 AA4499 EE7733"
 DIGIT_COLORS = [f"#{code}" for code in COLOR_CODES.split()]
+MARKERS = "os^"  # for COLORS
 
 
 def save_images(path, images, columns, *labels, **options):
@@ -20,12 +22,7 @@ def save_images(path, images, columns, *labels, **options):
     save(draw_images(images, columns, *labels, **options), path, vector=False)
 
 
-def save_side_by_side(path, grids, columns, marked=()):
-    """Write grids of images beside one another; `grids` maps each title to images (N, 1, H, W)."""
-    save_grid_table(path, {title: [images] for title, images in grids.items()}, [""], columns, marked)
-
-
-def save_grid_table(path, columns, row_labels, images_across, marked=()):
+def save_grid_table(path, columns, images_across, row_labels=("",), marked=()):
     """Write a table of image grids as PNG.
 
     `columns` maps titles to a grid for each row, (N, 1, H, W), and `marked` to the indices of images to be framed.
@@ -43,25 +40,20 @@ def save_grid_table(path, columns, row_labels, images_across, marked=()):
 
 
 def save_strips(path, strips, xlabel, ylim, smooth=400):
-    """Write a page with a strip for each run: its name, running means over `smooth` points, and a row of images.
-
-    `strips` is a list of (name, x, curves, images); `curves` maps labels, the same for all runs, to values over x.
-    """
-    size = WIDTH, min(0.6 * len(strips), 8.6) + 0.7  # all strips fit on a page
+    """Write a page of strips (name, x, curves by label, images), with running means over `smooth` points."""
+    size = WIDTH, min(0.4 * len(strips), 8.6) + 0.6  # all strips fit on a page
     with new_figure(path, *size, len(strips), 2, squeeze=False, width_ratios=[1, 3]) as (figure, axes):
-        figure.get_layout_engine().set(h_pad=0.02, hspace=0)
         longest = max(x[-1] for _, x, _, _ in strips)
         for (left, right), (name, x, curves, images) in zip(axes, strips):
-            for color, (label, values) in zip(COLORS, curves.items()):
-                means = _running_means(x, values, smooth)
-                left.plot(*means, color=color, linewidth=1, label=label, rasterized=True)
-            left.set(xlim=(0, longest), ylim=ylim, yticks=ylim)
-            left.tick_params(labelsize=6, length=2, pad=1, labelbottom=False)
-            left.set_ylabel(name, rotation=0, ha="right", va="center", fontsize="small", labelpad=2)
+            for label, values in curves.items():
+                left.plot(*_running_means(x, values, smooth), linewidth=1, label=label, rasterized=True)
+            left.set(xlim=(0, longest), ylim=ylim)
+            left.tick_params(length=2, pad=1, labelbottom=False, labelleft=False)
+            left.set_ylabel(name, rotation=0, ha="right", va="center", labelpad=9)
             draw_images(images, len(images), axis=right)
-        axes[-1, 0].tick_params(labelbottom=True)
-        axes[-1, 0].set_xlabel(xlabel, fontsize="small")
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
+        left.tick_params(labelbottom=True, labelleft=True)
+        left.set(xlabel=xlabel, yticks=ylim)
+        figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=2)
 
 
 def gaussian_quantiles(count):
@@ -72,7 +64,7 @@ def gaussian_quantiles(count):
 @our_style()
 def draw_latent_plane(images, side):
     """Return a figure of images (side^2, 1, H, W) at `gaussian_quantiles` of z_1, to the right, and z_2, upwards."""
-    figure = draw_images(images, side)
+    figure = draw_images(images, side, scale=HALF / side * 0.9)
     axis = figure.axes[0]
     height, width = axis.images[0].get_size()
     values = torch.tensor([-2, -1, -0.5, 0, 0.5, 1, 2])
@@ -86,37 +78,41 @@ def draw_latent_plane(images, side):
 
 
 @our_style()
-def save_territories(path, images, side, digits, title=""):
+def save_territories(path, images, side, digits):
     """Write a latent plane in negative, and the territory of each digit; `digits` (R, R) cover the same plane."""
     digits = digits.cpu()
     figure = draw_latent_plane(1 - images, side)
     axis = figure.axes[0]
-    axis.set_title(title)
     height, width = axis.images[0].get_size()
-    extent = (-0.5, width - 0.5, height - 0.5, -0.5)
-    axis.imshow(digits.numpy(), ListedColormap(DIGIT_COLORS), vmin=0, vmax=9, alpha=0.3, extent=extent)
-    middles = (np.arange(len(digits)) + 0.5) / len(digits)  # of the points, as a part of the plane
-    rows, columns = middles * height - 0.5, middles * width - 0.5
+    place = {"extent": (-0.5, width - 0.5, height - 0.5, -0.5), "origin": "upper"}
+    axis.imshow(digits.numpy(), ListedColormap(DIGIT_COLORS), vmin=0, vmax=9, alpha=0.3, **place)
     for digit in digits.unique().tolist():
         inside = digits == digit
         if not inside.all():
-            axis.contour(columns, rows, inside.numpy(), [0.5], colors=[DIGIT_COLORS[digit]], linewidths=1.5)
+            axis.contour(inside.numpy(), [0.5], colors=[DIGIT_COLORS[digit]], linewidths=1.5, **place)
         points, others = inside.nonzero(), pad(~inside, (1, 1, 1, 1), value=True).nonzero() - 1
         room = torch.cdist(points.float(), others.float()).min(1).values  # up to the region's border
-        row, column = points[room.argmax()].tolist()
-        box = {"boxstyle": "circle,pad=0.15", "facecolor": "white", "edgecolor": DIGIT_COLORS[digit]}
-        axis.text(columns[column], rows[row], digit, weight="bold", ha="center", va="center", bbox=box)
+        row, column = ((points[room.argmax()] + 0.5) / len(digits)).tolist()  # as a part of the plane
+        _name_digit(axis, column * width - 0.5, row * height - 0.5, digit)
     save(figure, path, vector=False)
 
 
+def _name_digit(axis, x, y, digit):
+    box = {"boxstyle": "circle,pad=0.1", "facecolor": "white", "edgecolor": DIGIT_COLORS[digit]}
+    axis.text(x, y, digit, weight="bold", ha="center", va="center", bbox=box)
+
+
 def save_scatter(path, points, labels, title):
-    """Write points (N, 2) of the latent plane, coloured by their digits (N,), with a legend."""
-    with new_figure(path, 3.6, 2.8) as (_, axis):
-        colors = [DIGIT_COLORS[digit] for digit in labels.tolist()]
-        axis.scatter(*points.numpy().T, c=colors, s=1.5, alpha=0.5, linewidths=0, rasterized=True)
+    """Write points (N, 2) of the latent plane. Each digit is named where its points outnumber the others most."""
+    spacing = points.std().item() / 4
+    cells, index = (points / spacing).round().unique(dim=0, return_inverse=True)
+    counts = torch.zeros(len(cells), 10).index_put((index, labels), torch.ones(len(points)), accumulate=True)
+    places = spacing * cells[(2 * counts - counts.sum(1, keepdim=True)).argmax(0)]
+    with new_figure(path, HALF, HALF) as (_, axis):
+        colors = np.array(DIGIT_COLORS)[labels]
+        axis.scatter(*points.numpy().T, 1.5, colors, alpha=0.5, linewidths=0, rasterized=True)
         for digit in labels.unique().tolist():
-            axis.plot([], [], "o", color=DIGIT_COLORS[digit], label=digit, markersize=4)
-        axis.legend(title="digit", loc="center left", bbox_to_anchor=(1, 0.5))
+            _name_digit(axis, *places[digit].tolist(), digit)
         axis.set(xlabel="$z_1$", ylabel="$z_2$", title=title, aspect="equal")
 
 
@@ -124,47 +120,64 @@ def save_posterior(path, z):
     """Write how points z (N, 2) lie against the prior N(0, I): in the plane, and each coordinate by itself."""
     z = z.numpy()
     limit = max(4.0, float(np.quantile(abs(z), 0.999)))
-    box = {"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
-    with new_figure(path, WIDTH, 2.4, 1, 3) as (_, (plane, *sides)):
+    at = np.linspace(-limit, limit, 200)
+    density = np.exp(-(at**2) / 2) / (2 * np.pi) ** 0.5
+    with new_figure(path, WIDTH, 2.2, 1, 3) as (_, (plane, *sides)):
         plane.hist2d(*z.T, bins=80, range=[[-limit, limit]] * 2, cmap="Blues", norm=LogNorm())
-        angle = np.linspace(0, 2 * np.pi, 200)
         for probability, line in ((0.5, "-"), (0.9, "--"), (0.99, ":")):
             radius = (-2 * np.log(1 - probability)) ** 0.5
-            plane.plot(radius * np.cos(angle), radius * np.sin(angle), line, color=COLORS[1])
-            style = {"color": COLORS[1], "size": "small", "ha": "center", "va": "center", "bbox": box}
-            plane.text(0, -radius, f"{probability:.0%}", **style)
-        plane.set(xlabel="$z_1$", ylabel="$z_2$", title="regions of the prior", aspect="equal")
-        at = np.linspace(-limit, limit, 200)
-        density = np.exp(-(at**2) / 2) / (2 * np.pi) ** 0.5
+            plane.add_patch(Circle((0, 0), radius, fill=False, linestyle=line, edgecolor=COLORS[1]))
+            box = {"pad": 1, "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
+            plane.text(0, -radius, f"{probability:.0%}", ha="center", va="center", bbox=box)
+        plane.set(xlabel="$z_1$", ylabel="$z_2$", title="share of the prior in a circle", aspect="equal")
         for axis, values, xlabel in zip(sides, z.T, ("$z_1$", "$z_2$")):
             style = {"range": (-limit, limit), "density": True, "histtype": "stepfilled", "alpha": 0.6}
-            axis.hist(values, bins=80, label="aggregated posterior", **style)
+            axis.hist(values, 80, label="aggregated posterior", **style)
             axis.plot(at, density, color=COLORS[1], label="prior")
-            axis.set(xlabel=xlabel, ylabel="density", ylim=(0, 1.35 * axis.get_ylim()[1]))
-            axis.legend(loc="upper right")
+            axis.set(xlabel=xlabel, ylabel="density")
+        _draw_legend(sides[0])
 
 
-def save_curves(path, x, panels, xlabel="epoch", smooth=1):
-    """Write curves over a common x, with running means over `smooth` points and the raw values faintly behind.
+def save_curves(path, x, panels, xlabel="epoch", smooth=1, log=()):
+    """Write curves over a common x, as running means over `smooth` points.
 
     `panels` lists (ylabel, curves, references): dicts of values over x, None and NaN left out, and of line heights.
+    A single reference is for all curves; several have the colours of the curves. Axes with labels in `log` are
+    logarithmic.
     """
-    with new_figure(path, WIDTH, 2.6, 1, len(panels), squeeze=False) as (_, axes):
-        for axis, (ylabel, curves, references) in zip(axes[0], panels):
-            for color, (label, values) in zip(COLORS, curves.items()):
-                points = _running_means(x, values, 1)
-                if 1 < smooth < len(x):
-                    # These are tens of thousands of points, so they become pixels in the PDF, too.
-                    axis.plot(*points, color=color, alpha=0.15, linewidth=0.5, rasterized=True)
-                    points = _running_means(x, values, smooth)
-                axis.plot(*points, color=color, label=label, marker="." if len(points[0]) < 40 else None)
-            # A single reference is for all curves. Several are for a curve each, in its colour.
+    size, named = (min(WIDTH, HALF * len(panels)), 2.4), []
+    with new_figure(path, *size, 1, len(panels), squeeze=False) as (_, [axes]):
+        for axis, (ylabel, curves, references) in zip(axes, panels):
+            for marker, (label, values) in zip(MARKERS, curves.items()):
+                points = _running_means(x, values, smooth)
+                axis.plot(*points, label=label, marker=marker if len(points[0]) < 40 else None, markersize=3)
             colors = COLORS if len(references) > 1 else ["black"]
             for color, (label, height) in zip(colors, references.items()):
-                axis.axhline(height, color=color, linestyle="--", linewidth=1, label=label)
+                axis.axhline(height, color=color, linestyle="-.", linewidth=0.8, label=label)
             axis.set(xlabel=xlabel, ylabel=ylabel)
-            axis.xaxis.set_major_locator(MaxNLocator(min(6, 12 // len(panels)), integer=True))
-            axis.legend()
+            axis.xaxis.set_major_locator(MaxNLocator(min(6, 12 // len(panels)), integer=True, min_n_ticks=1))
+            _set_logarithmic(axis, log)
+            named = _draw_legend(axis, named)
+
+
+def _set_logarithmic(axis, log):
+    """Make those axes logarithmic whose labels are in `log`, with ticks that fit into a small panel."""
+    for side, scale in ((axis.xaxis, "xscale"), (axis.yaxis, "yscale")):
+        if side.get_label_text() in log:
+            axis.set(**{scale: "log"})
+            low, high = side.get_view_interval()
+            side.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1,)))
+            side.set_major_formatter("{x:g}")
+            side.set_minor_formatter(NullFormatter())
+
+
+def _draw_legend(axis, known=()):
+    """Draw a legend of two rows above the axis, unless it is empty or `known`; return its labels."""
+    labels = axis.get_legend_handles_labels()[1]
+    if labels and labels != known:
+        columns = math.ceil(len(labels) / 2)
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, ncols=columns)
+    return labels
 
 
 def _running_means(x, values, width):
@@ -179,12 +192,13 @@ def _running_means(x, values, width):
 
 def save_optimal_discriminator(path, x, panels):
     """Write panels of (title, trained D, formula of D, [p_data, p_g]), which are tensors (N,) over x."""
-    with new_figure(path, WIDTH, 2.8, 1, len(panels), sharey=True) as (figure, axes):
+    with new_figure(path, WIDTH, 2.2, 1, len(panels), sharey=True) as (figure, axes):
         for axis, (title, trained, formula, densities) in zip(axes, panels):
-            for color, label, density in zip(COLORS[2:], ("$p_{data}$", "$p_g$"), densities):
-                axis.fill_between(x, density, alpha=0.3, color=color, linewidth=0, label=label)
-            axis.plot(x, formula, color=COLORS[4], linewidth=4, label="$p_{data} / (p_{data} + p_g)$")
-            axis.plot(x, trained, color=COLORS[0], linewidth=1.2, label="$D(x)$, trained")
+            hatches = {"$p_{data}$": "", "$p_g$": "////"}
+            for color, (label, hatch), density in zip(COLORS[2:], hatches.items(), densities):
+                axis.fill_between(x, density, alpha=0.3, color=color, hatch=hatch, linewidth=0, label=label)
+            axis.plot(x, formula, "-", color=COLORS[4], linewidth=4, label="$p_{data} / (p_{data} + p_g)$")
+            axis.plot(x, trained, "-", color=COLORS[0], linewidth=1.2, label="$D(x)$, trained")
             axis.axhline(0.5, color="black", linestyle="--", linewidth=1, label="1/2")
             axis.set(xlabel="x", title=title, ylim=(0, 1))
         axes[0].set_ylabel("probability, density")
@@ -193,12 +207,12 @@ def save_optimal_discriminator(path, x, panels):
 
 def save_map(path, values, label):
     """Write a number for each pixel, (H, W), as colours with a scale."""
-    with new_figure(path, 3.0, 2.4) as (_, axis):
+    with new_figure(path, HALF, 2.4) as (_, axis):
         _draw_map(axis, values.cpu().numpy(), label)
 
 
 def _draw_map(axis, values, label, **options):
-    image = axis.imshow(values, cmap="cividis", **options)
+    image = axis.imshow(values, cmap="Blues", **options)
     axis.figure.colorbar(image, ax=axis, label=label)
     axis.grid(False)
     axis.set(xlabel="column", ylabel="row")
@@ -207,12 +221,13 @@ def _draw_map(axis, values, label, **options):
 def save_receptive_field(path, sensitivity, pixel):
     """Write the mean |d logit / d pixel|, (H, W), of the logit at `pixel`. The blind spot has a colour of its own."""
     values = sensitivity.cpu().numpy()
+    values = np.where(
+        values > 1e-5 * values.max(), values, 0
+    )  # a GPU's rounding leaves 1e-7 in place of zeros
     earlier = np.arange(values.size).reshape(values.shape) < np.ravel_multi_index(pixel, values.shape)
-    with new_figure(path, 3.6, 2.7) as (_, axis):
-        blind = np.ma.masked_where(~earlier | (values != 0), np.ones_like(values))
-        axis.imshow(blind, cmap=ListedColormap([COLORS[1]]))
-        seen = np.ma.masked_where(~earlier | (values == 0), values)
-        _draw_map(axis, seen, "mean |d logit / d pixel|", norm=LogNorm())
+    with new_figure(path, HALF, 2.4) as (_, axis):
+        axis.imshow(np.where(earlier & (values == 0), 1, np.nan), cmap=ListedColormap([COLORS[1]]))
+        _draw_map(axis, values, "mean |d logit / d pixel|", norm=LogNorm())  # leaves out zeros
         axis.plot(pixel[1], pixel[0], "x", color="black", label="predicted pixel")
         axis.plot([], [], "s", color=COLORS[1], label="blind spot")
         axis.legend(loc="lower right")
@@ -220,11 +235,8 @@ def save_receptive_field(path, sensitivity, pixel):
 
 def save_bars(path, names, heights, xlabel, ylabel):
     """Write a bar for each name, with its height as a whole number on it."""
-    with new_figure(path, 3.3, 2.4) as (_, axis):
-        bars = axis.bar([str(name) for name in names], heights, color=COLORS[0])
-        axis.bar_label(bars, fmt="%.0f")
-        axis.margins(y=0.1)
-        axis.grid(axis="x", visible=False)
+    with new_figure(path, HALF, 2.4) as (_, axis):
+        axis.bar_label(axis.bar([str(name) for name in names], heights), fmt="%.0f")
         axis.set(xlabel=xlabel, ylabel=ylabel)
 
 
@@ -232,39 +244,31 @@ def save_confusion(path, labels, guesses, xlabel):
     """Write how many images of each digit (row) were taken for which digit (column); both (N,) integers."""
     counts = (10 * labels + guesses).cpu().bincount(minlength=100).reshape(10, 10)
     mistakes = counts.clone().fill_diagonal_(0)
-    with new_figure(path, 3.9, 3.6) as (_, axis):
+    with new_figure(path, HALF, HALF) as (_, axis):
         axis.imshow(mistakes.numpy(), cmap="Blues", vmax=max(1, 2 * mistakes.max().item()))
         for row, column in counts.nonzero().tolist():
-            axis.text(column, row, counts[row, column].item(), ha="center", va="center", fontsize="small")
+            axis.text(column, row, counts[row, column].item(), ha="center", va="center")
         axis.set(xticks=range(10), yticks=range(10), xlabel=xlabel, ylabel="digit")
         axis.grid(False)
 
 
-def save_ablation(path, groups, panels):
-    """Write metrics of variants with standard deviations, a row of panels for each group.
+def save_ablation(path, rows, panels, log=()):
+    """Write the means and standard deviations of variants, and lines at the means of the first one, the default.
 
-    `groups` maps titles to names, and `panels` lists (xlabel, {label: {name: (mean, deviation or None)}}).
+    `rows` are dicts with a "variant", and KEY_mean and KEY_std for the keys in `panels`, which maps xlabels to keys by
+    their labels. A panel is left out if the rows lack its keys. Axes with labels in `log` are logarithmic.
     """
-    sizes = [len(names) + 0.8 for names in groups.values()]
-    size, shape = (WIDTH, 0.19 * sum(sizes) + 0.9), (len(groups), len(panels))
-    with new_figure(path, *size, *shape, squeeze=False, height_ratios=sizes) as (_, axes):
-        for row, (title, names) in zip(axes, groups.items()):
-            for axis, (_, series) in zip(row, panels):
-                _draw_points(axis, names, series)
-            row[0].set(yticklabels=names)
-            row[0].set_title(title, loc="left")
-        for top, bottom, (xlabel, _) in zip(axes[0], axes[-1], panels):
-            top.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=2.2, borderpad=0)
-            bottom.set_xlabel(xlabel)
-
-
-def _draw_points(axis, names, series):
-    for (label, values), color, marker in zip(series.items(), COLORS, "os^"):
-        means, deviations = zip(*(values[name] for name in names))
-        errors = [deviation or 0 for deviation in deviations]
-        axis.errorbar(means, range(len(names)), None, errors, marker, color=color, markersize=4, label=label)
-    low, high = axis.get_xlim()
-    if 0 < 3 * low < high:
-        axis.set_xscale("log")
-    axis.set(yticks=range(len(names)), yticklabels=[], ylim=(len(names) - 0.5, -0.5))
-    axis.tick_params(labelsize="small", which="both")
+    panels = {x: keys for x, keys in panels.items() if all(f"{key}_mean" in rows[0] for key in keys.values())}
+    size, at = (WIDTH, 0.17 * len(rows) + 0.7), range(len(rows))
+    with new_figure(path, *size, 1, len(panels), sharey=True, squeeze=False) as (_, [axes]):
+        for axis, (xlabel, keys) in zip(axes, panels.items()):
+            for (label, key), color, marker in zip(keys.items(), COLORS, MARKERS):
+                means = np.array([row[f"{key}_mean"] for row in rows], float)  # None becomes NaN
+                errors = np.array([row[f"{key}_std"] for row in rows], float)
+                axis.errorbar(means, at, None, errors, marker, color=color, markersize=4, label=label)
+                axis.axvline(means[0], color=color, linestyle="--", linewidth=0.8)
+            axis.set_xlabel(xlabel)
+            _set_logarithmic(axis, log)
+            _draw_legend(axis)
+        axes[0].set(yticks=at, yticklabels=[row["variant"] for row in rows])
+        axes[0].invert_yaxis()

@@ -37,7 +37,8 @@ class Run:
         device: torch.device of the training.
         iteration: number of the batch under way, from 1, counted over all epochs; 0 before the first one.
         is_tracking: whether `track` has been called, so that files may have been written.
-        history: dict of columns, the content of losses.csv.
+        tables: dict of tables by name, each a dict of columns; NAME is written to NAME.csv.
+        history: the table "losses".
         snapshots: dict of uint8 images by epoch, kept in the checkpoint.
     """
 
@@ -50,12 +51,17 @@ class Run:
             self.device = parallel.join(self.device)
         self.iteration = self.images_seen = 0
         self.is_tracking = False
-        self.history, self.snapshots = {}, {}
+        self.tables, self.snapshots = {"losses": {}}, {}
         # Finished epochs, finished batches of the epoch under way, and images of the batch under way.
         self._epoch = self._batch = self._batch_images = 0
-        self._sums, self._tracked, self._bar, self._lock, self._signal = {}, {}, None, None, None
+        self._sums, self._tracked, self._drawn = {}, {}, []
+        self._bar = self._lock = self._signal = None
         self._seconds, self._started = 0.0, time.perf_counter()
         torch.manual_seed(args.seed)
+
+    @property
+    def history(self):
+        return self.tables["losses"]
 
     def arguments(self, function):
         """Return the run's values of the hyperparameters that are arguments of the function."""
@@ -180,17 +186,12 @@ class Run:
         self._sums = {}
         return means
 
-    def log(self, **row):
-        """Add a row to losses.csv. All rows have the same columns; None leaves a cell empty."""
+    def log(self, table="losses", **row):
+        """Add a row to a table. All its rows have the same columns; None leaves a cell empty."""
         known = {name: value for name, value in row.items() if value is not None}
         checkpoint.require_finite(known, f"in the evaluation after epoch {row.get('epoch', self._epoch)}")
         for name, value in row.items():
-            self.history.setdefault(name, []).append(value)
-
-    def log_epoch(self, epoch, **values):
-        """Add a row about an epoch to losses.csv, and print it."""
-        self.log(epoch=epoch, **values)
-        self.print_epoch(epoch, **values)
+            self.tables.setdefault(table, {}).setdefault(name, []).append(value)
 
     def snapshot(self, epoch, images):
         """Keep images in [0, 1] after this epoch: after each of the first epochs and after some 16 later ones."""
@@ -198,10 +199,10 @@ class Run:
         if epoch <= 6 or epoch % math.ceil(num_epochs / 16) == 0 or epoch == num_epochs:
             self.snapshots[epoch] = (images * 255).to(torch.uint8).cpu()
 
-    def print_epoch(self, epoch, *remarks, **values):
-        """Print one line about an epoch: its values, then remarks."""
-        shown = [f"{name} {value:.4g}" for name, value in values.items() if value is not None]
-        machine.say("  ".join([self._title(epoch), *shown, f"{self._elapsed():.0f} s", *remarks]))
+    def print_epoch(self, epoch, *words, **values):
+        """Print one line about an epoch: values by name, then words."""
+        shown = [f"{name} {value:.4g}" for name, value in values.items()]
+        machine.say("  ".join([f"{self._title(epoch)} ({self._elapsed():.0f} s)", *shown, *words]))
 
     def save_model(self, network, **arguments):
         """Write model.pt: the weights of the network and the arguments that rebuild it."""
@@ -212,16 +213,17 @@ class Run:
         """Draw the figure `name` with `function(path, ...)`, and print its name first, so that no wait is silent."""
         files.make_folder(self.folder)
         machine.say(f"drawing {name}")
+        self._drawn.append(name)
         function(self.folder / name, *arguments, **options)
 
     def finish(self, headline=(), **metrics):
-        """Write losses.csv, and metrics.json with the time and speed of the training beside the metrics.
+        """Write the tables, and metrics.json with the time and speed of the training beside the metrics.
 
         Args:
             headline: names of metrics to print, beside those of the step's reported run.
         """
         hardware = machine.hardware(self.device)
-        files.write_csv(self.folder / "losses.csv", self.history)
+        self._write_tables()
         what = "training and the evaluation after each epoch"
         metrics["wall_time"] = files.metric(self._seconds, "seconds", what, hardware=hardware)
         speed = self.images_seen / self._seconds
@@ -230,7 +232,7 @@ class Run:
         reported = files.ROOT / "results" / self.step if self.args.dataset == DATASETS[0] else None
         for line in checkpoint.headline(headline, metrics, reported):
             machine.say(line)
-        machine.say(f"results in {self.folder}")
+        machine.say(f"results in {self.folder}: {', '.join([*self._drawn, 'metrics.json'])}")
 
     def close(self):
         """End the lock on the folder."""
@@ -276,13 +278,17 @@ class Run:
             "identity": self._identity(),
             "position": (self._epoch, self._batch, self.images_seen, self._seconds),
             "sums": self._sums,
-            "history": self.history,
+            "tables": self.tables,
             "snapshots": self.snapshots,
-            "random": checkpoint.random_states(self.device),
+            "random": machine.random_states(self.device),
             "tracked": tracked,
         }
         files.save_tensors(self.folder / "checkpoint.pt", content)
-        files.write_csv(self.folder / "losses.csv", self.history)
+        self._write_tables()
+
+    def _write_tables(self):
+        for name, table in self.tables.items():
+            files.write_csv(self.folder / f"{name}.csv", table)
 
     def _restore(self, path):
         content = files.load_tensors(path, (self.step,), "checkpoint")
@@ -296,9 +302,9 @@ class Run:
             for name, each in self._tracked.items():
                 each.load_state_dict(content["tracked"][name])
             self._epoch, self._batch, self.images_seen, self._seconds = content["position"]
-            self._sums, self.history = content["sums"], content["history"]
+            self._sums, self.tables = content["sums"], content["tables"]
             self.snapshots = content["snapshots"]
-            checkpoint.set_random_states(content["random"], self.device)
+            machine.set_random_states(content["random"], self.device)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
             raise UserError(
                 f"{path} does not fit this version of the script: begin anew with --restart"

@@ -33,7 +33,7 @@ def optimal_discriminator(p_data, p_g, x):
 def trained_discriminator(p_data, p_g, x):
     """Train a network to tell draws of p_data from draws of p_g; return its output at each of x, (N,)."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed a GPU as well
         network = nn.Sequential(nn.Linear(1, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1))
         optimizer = torch.optim.Adam(network.parameters(), LEARNING_RATE, fused=True)
         # The rate falls to zero, so that the noise of the last batches averages out.

@@ -49,14 +49,16 @@ def train(
             optimizer.step()
             schedule.step()
             run.record(loss=loss)
-        run.log_epoch(epoch, loss=run.means()["loss"], accuracy=accuracy(classifier, *test_set, "none"))
+        row = dict(**run.means(), accuracy=accuracy(classifier, *test_set, "none"))
+        run.log(epoch=epoch, **row)
+        run.print_epoch(epoch, **row)
 
 
 @torch.no_grad()
 def accuracy(classifier, images, labels, how):
     """Return the share of uint8 images whose digit the classifier sees, in eval mode."""
     classifier.eval()
-    x = binarize(images, how, torch.Generator(images.device).manual_seed(0))
+    x = binarize(images, how, torch.Generator().manual_seed(0))
     hits = torch.cat([classifier(chunk).argmax(1) for chunk in x.split(CHUNK)]) == labels
     classifier.train()
     return hits.sum().item() / len(labels)
@@ -79,9 +81,10 @@ def train_and_evaluate(run, train_set, test_set):
         value = accuracy(classifier, *test_set, how)
         protocol = dict(pixels=how, test_images=count)
         entries[f"accuracy_{how}"] = files.metric(value, "share of test images", formula, **protocol)
-        draw = torch.Generator(run.device).manual_seed(0)
+        draw = torch.Generator().manual_seed(0)
         samples, sigma_images, real = (binarize(images, how, draw) for images in parts)
-        floors[how] = compare(samples, real, sigma_images, classifier.eval())
+        judged = compare(samples, real, sigma_images, classifier.eval())
+        floors[how] = {name: entry["value"] for name, entry in judged.items()}
     files.write_json(run.folder / "floors.json", floors)
     run.finish(**entries)
 

@@ -1,6 +1,7 @@
 """Figures and final metrics of step 3."""
 
 import torch
+from tqdm import tqdm
 
 from models.VAE import active_units, importance_bound, plane_log_likelihood, reconstruction_loss
 from utils import figures, files, machine, metrics, plotting
@@ -15,10 +16,14 @@ FINE_SIDE = 60  # points of the plane that the classifier judges, along each sid
 WALKS = ((1, 0), (7, 6))  # digits to walk from and to
 WALK_STEPS = 12
 CHUNK = 1000  # images that are encoded or decoded at once
-BOUND_FORMULA = "-log 1/K sum_k p(x|z_k) p(z_k) / q(z_k|x), z_k from the encoder's q(z|x), mean over images"
-ELBO_FORMULA = "-log p(x|z) + KL(q(z|x) || p(z)), mean over images, one draw of z each"
-PLANE_FORMULA = (
-    "-log of the integral of p(x|z) p(z) over the latent plane, a sum over a grid, mean over images"
+NUM_DRAWS = 5  # of stochastic pixels and of z, in the final metrics
+# Means over images and draws.
+FORMULAS = dict(
+    negative_elbo="-log p(x|z) + KL(q(z|x) || p(z)), one z for each image and draw",
+    reconstruction="-log p(x|z), one z for each image and draw",
+    kl="1/2 sum_j (sigma_j^2 + mu_j^2 - 1 - log sigma_j^2)",
+    bound="-log 1/K sum_k p(x|z_k) p(z_k) / q(z_k|x), z_k from the encoder's q(z|x)",
+    nll="-log of the integral of p(x|z) p(z) over the latent plane, a sum over a grid",
 )
 # For each kind of test pixels, a suffix of its keys in metrics.json and what it is. Do not compare across kinds.
 PROTOCOLS = {
@@ -26,11 +31,6 @@ PROTOCOLS = {
     "none": ("_grey", "grey, as targets of the cross-entropy"),
     "threshold": ("_threshold", "thresholded, x > 0.5"),
 }
-# Titles of the groups of variants in ablation.png, by the beginning of the variants' names.
-GROUPS = {
-    "rate-": "learning rate", "batch-": "batch size", "layers-": "hidden layers", "kl-": "KL term",
-    "grey": "training pixels", "epochs-": "epochs", "latent-": "latent dimensions",
-}  # fmt: skip
 
 
 @torch.no_grad()
@@ -56,13 +56,13 @@ def draw_losses(path, history):
         "$-\\log p(x|z)$": "reconstruction",
         "KL$(q(z|x) \\,\\|\\, p(z))$": "kl",
     }
-    panels = []
+    panels, keys = [], {"training images": "train", "test images": "test"}
     for label, term in terms.items():
         sign = -1 if term == "elbo" else 1
-        columns = {name: history[f"{name}_{term}"] for name in ("train", "test")}
-        curves = {name: [None, *(sign * value for value in column[1:])] for name, column in columns.items()}
+        columns = {name: history[f"{key}_{term}"][1:] for name, key in keys.items()}
+        curves = {name: [None, *(sign * nats for nats in column)] for name, column in columns.items()}
         panels.append((f"{label} (nats)", curves, {}))
-    plotting.save_curves(path, history["epoch"], panels)
+    plotting.save_curves(path, history["epoch"], panels, log=["epoch"])
 
 
 def draw_samples(run, model):
@@ -137,29 +137,20 @@ def draw_posterior(path, model, images, seed):
     """Draw the aggregated posterior of the images and the prior, for the first two latent dimensions."""
     mean, logvar = model.encode(to_unit(images))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed a GPU as well
         z = model.reparameterize(mean.cpu(), logvar.cpu())
     plotting.save_posterior(path, z[:, :2])
 
 
 def draw_ablation(folder, folders, variants, default_kl_coeff, load_model):
     """Draw ablation.png and kl_weights.png of the runs in `folders`, by variant."""
-    rows = {row["variant"]: row for row in files.read_csv(folder / "ablation.csv")}
-    groups = {title: [name for name in rows if name.startswith(start)] for start, title in GROUPS.items()}
-    groups["other variants"] = [name for name in rows if name not in sum(groups.values(), ["default"])]
-    groups = {title: ["default", *names] for title, names in groups.items() if names}
-
-    def series(key):
-        return {name: (row[f"{key}_mean"], row[f"{key}_std"]) for name, row in rows.items()}
-
-    nats = {"negative ELBO": series("test_negative_elbo"), "importance bound": series("test_bound")}
-    panels = [
-        ("nats per image", nats),
-        ("neighbour's label", {"accuracy": series("neighbour_accuracy")}),
-    ]
-    if "frechet_distance_mean" in rows["default"]:  # which needs a classifier of the data set
-        panels.append(("Frechet distance", {"samples": series("frechet_distance")}))
-    plotting.save_ablation(folder / "ablation.png", groups, panels)
+    panels = {
+        "nats per image": {"negative ELBO": "test_negative_elbo", "importance bound": "test_bound"},
+        "1-NN accuracy": {"": "neighbour_accuracy"},
+        "Fréchet distance": {"": "frechet_distance"},
+    }
+    rows = files.read_csv(folder / "ablation.csv")
+    plotting.save_ablation(folder / "ablation.png", rows, panels, log=["Fréchet distance"])
     weights = {default_kl_coeff: "default"}
     for name, (_, options) in variants.items():
         if name in folders and list(options) == ["kl_coeff"]:
@@ -167,8 +158,8 @@ def draw_ablation(folder, folders, variants, default_kl_coeff, load_model):
     table, side = {}, 5
     for weight, name in sorted(weights.items()):
         model = load_model(folders[name] / "model.pt")
-        table[f"weight {weight:g}"] = model.sample(side**2), decode_plane(model, side)
-    plotting.save_grid_table(folder / "kl_weights.png", table, ["samples", "latent plane"], side)
+        table[f"KL weight {weight:g}"] = model.sample(side**2), decode_plane(model, side)
+    plotting.save_grid_table(folder / "kl_weights.png", table, side, ["samples", "latent plane"])
 
 
 def write_metrics(run, model, train_set, test_set, evaluate):
@@ -178,34 +169,46 @@ def write_metrics(run, model, train_set, test_set, evaluate):
     results = {}
     for how in PROTOCOLS if thorough else ("stochastic",):
         machine.say(f"bounds of log p(x), pixels {PROTOCOLS[how][1]}")
-        x = binarize(test_set[0], how, torch.Generator(run.device).manual_seed(0))
-        results |= bounds(run, model, x, how, evaluate, sizes)
+        with machine.seeded(run.device):
+            results |= bounds(run, model, test_set[0], how, evaluate, sizes)
     machine.say("nearest neighbours, and the quality of samples")
     results |= representation_metrics(model, train_set, test_set, thorough, sizes)
     results |= metrics.judge_sampler(run, model.sample)[1]
     run.finish(HEADLINE, **results)
 
 
-def bounds(run, model, x, how, evaluate, sizes):
-    """Return the negative ELBO, its terms and closer bounds of images x in nats, for metrics.json."""
+def bounds(run, model, images, how, evaluate, sizes):
+    """Return the negative ELBO, its terms and closer bounds in nats, for metrics.json.
+
+    They are means over NUM_DRAWS draws, each with pixels and noise of its own.
+    """
     suffix, pixels = PROTOCOLS[how]
     trained = run.images_seen >= 10 * sizes["train_images"]  # a short training has a short evaluation
     num_samples = run.args.bound_samples or (5 if run.args.dry_run else 500 if trained else 20)
-    reconstruction, kl = evaluate(model, x)
-    bound = -importance_bound(model, x, num_samples).mean().item()
-    terms = dict(
-        negative_elbo=(reconstruction + kl, ELBO_FORMULA, {}),
-        reconstruction=(reconstruction, "-log p(x|z), one draw of z for each image", {}),
-        kl=(kl, "1/2 sum_j (sigma_j^2 + mu_j^2 - 1 - log sigma_j^2)", {}),
-        bound=(bound, BOUND_FORMULA, dict(samples=num_samples)),
-    )
-    if how == "stochastic" and model.z_size == 2 and not run.args.held_out:
-        spacing = 0.2 if run.args.dry_run else 0.04 if trained else 0.1
-        nll = -plane_log_likelihood(model, x, spacing).mean().item()
-        terms["nll"] = (nll, PLANE_FORMULA, dict(grid_spacing=spacing))
+    spacing = 0.2 if run.args.dry_run else 0.04 if trained else 0.1
+    generator = torch.Generator().manual_seed(0)
+    values = {}
+    for _ in tqdm(range(NUM_DRAWS), "bounds", unit="draw", disable=None, leave=False):
+        x = binarize(images, how, generator)
+        reconstruction, kl = evaluate(model, x)
+        terms = dict(negative_elbo=reconstruction + kl, reconstruction=reconstruction, kl=kl)
+        if how == "stochastic":
+            terms["bound"] = -importance_bound(model, x, num_samples, generator).mean().item()
+            if model.z_size == 2 and not run.args.held_out:
+                terms["nll"] = -plane_log_likelihood(model, x, spacing).mean().item()
+        for name, value in terms.items():
+            values.setdefault(name, []).append(value)
+    more = dict(pixels=pixels, draws=NUM_DRAWS, **sizes)
+    settings = dict(bound=dict(samples=num_samples), nll=dict(grid_spacing=spacing))
     return {
-        f"test_{name}{suffix}": files.metric(value, "nats per image", formula, pixels=pixels, **more, **sizes)
-        for name, (value, formula, more) in terms.items()
+        f"test_{name}{suffix}": files.metric(
+            torch.tensor(draws, dtype=torch.float64),
+            "nats per image",
+            FORMULAS[name],
+            **settings.get(name, {}),
+            **more,
+        )
+        for name, draws in values.items()
     }
 
 
@@ -220,7 +223,9 @@ def representation_metrics(model, train_set, test_set, thorough, sizes):
     if thorough:
         spaces["_pixels"] = ("grey pixels", to_unit(images), to_unit(train_images))
     for suffix, (what, points, references) in spaces.items():
-        share = metrics.neighbour_accuracy(points, labels, references, train_labels)
+        correct = train_labels[metrics.nearest(points, references)] == labels
         formula = f"the nearest training image has the same label, by Euclidean distance of {what}"
-        results[f"neighbour_accuracy{suffix}"] = files.metric(share, "share of test images", formula, **sizes)
+        results[f"neighbour_accuracy{suffix}"] = files.metric(
+            correct, "share of test images", formula, **sizes
+        )
     return results

@@ -19,7 +19,7 @@ Writes into results/step1_gan/:
     neighbours.png              generated images above the training images nearest to them
     optimal_discriminator.png   a trained discriminator and the formula of the optimal one, in one dimension
     losses.csv, epochs.csv, quality.csv, metrics.json, config.json, model.pt (the generator)
-and with --ablation:
+and after --ablation:
     ablation.png                D(x), D(G(z)) and samples of all variants
     ablation_metrics.png        metrics of the samples of all variants, means over the seeds
     ablation.csv                the same and other metrics as a table

@@ -33,6 +33,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from models.VAE import VAE_model, kl_divergence, reconstruction_loss
 from utils import cli, data, files, machine, vae_results
+from utils.flags import whole_number
 from utils.hyperparameters import NETWORK, Fraction, Range, defaults
 
 STEP = "step3_vae"
@@ -166,8 +167,7 @@ def log_epoch(run, model, train_set, test_set, epoch):
         }
     run.snapshot(epoch, vae_results.decode_plane(model, vae_results.SNAPSHOT_SIDE))
     run.log(epoch=epoch, **row)
-    values = -row["train_elbo"], -row["test_elbo"]
-    run.print_epoch(epoch, "train -ELBO {:.2f}, test -ELBO {:.2f} nats".format(*values))
+    run.print_epoch(epoch, **{f"{name} -ELBO": -row[f"{name}_elbo"] for name in ("train", "test")})
 
 
 @torch.no_grad()
@@ -215,7 +215,7 @@ def draw_ablation(folder, folders):
 
 def add_flags(group):
     what = "samples for each image in the importance-weighted bound (500, or 20 after fewer than 10 epochs)"
-    group.add_argument("--bound-samples", type=cli.whole_number(1), metavar="K", help=what)
+    group.add_argument("--bound-samples", type=whole_number(1), metavar="K", help=what)
 
 
 def main(argv=None):

@@ -158,10 +158,10 @@ def test_finished_runs_are_kept_and_interrupted_ones_go_on(call_step, pretend, t
     (folders["saturating"] / "checkpoint.pt").unlink()
     (folders["d-freq-2"] / "checkpoint.pt").unlink()
     for file in ("checkpoint.pt", "model.pt"):  # as in a copy that has the figures alone
-        (folders["d-freq-5"] / file).unlink()
+        (folders["dropout-50"] / file).unlink()
     assert call_step(step1, *flags, tmp_path).returncode == 0
     resumed = {name: is_resumed for name, is_resumed, _, _ in pretend.runs}
-    assert resumed == {"d-freq-5": False, "plain": True, "public": True, "saturating": False}
+    assert resumed == {"dropout-50": False, "plain": True, "public": True, "saturating": False}
 
     pretend.runs.clear()
     assert_refused(call_step(step1, *flags, tmp_path, "--minutes", "4"), "same flags", "--out-dir")
@@ -182,7 +182,9 @@ def test_the_reported_ablation_has_the_flags_that_are_kept(module, call_step, pr
 def test_a_run_that_fails_does_not_keep_the_others(call_step, pretend, tmp_path):
     pretend.failing = ("no-dropout",)
     flags = ["--ablation", "--seeds", "1", "--out-dir", tmp_path]
-    assert_refused(call_step(step1, *flags), "no-dropout with seed 0 failed", "nan", "1 of 18")
+    assert_refused(
+        call_step(step1, *flags), "no-dropout with seed 0 failed", "nan", f"1 of {1 + len(step1.VARIANTS)}"
+    )
     assert {run[0] for run in pretend.runs} == {None, *step1.VARIANTS}
     assert not (tmp_path / "ablation.csv").exists()
     pretend.runs.clear()

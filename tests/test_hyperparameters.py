@@ -13,7 +13,7 @@ import hw2_step3_main as step3
 from tests import children
 from tests.children import FLAGS, STEPS
 from tests.conftest import ROOT, assert_refused
-from utils import cli
+from utils.flags import make_parser
 from utils.hyperparameters import NETWORK, Fraction, Range, defaults, hyperparameters
 
 
@@ -62,7 +62,7 @@ def test_a_signature_makes_the_flags():
         num_epochs=5, num_layers=2, rate=0.1, dropout=0.0, size=None, widths=(8, 4), kind="a", wide=True
     )
     assert defaults(train) == expected
-    parser = cli.make_parser("toy.py", "", specs)
+    parser = make_parser("toy.py", "", specs)
     args = parser.parse_args(
         "--num-layers 1 --rate 1e-3 --size none --widths 5 6 7 --kind b --no-wide".split()
     )

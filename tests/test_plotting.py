@@ -49,7 +49,7 @@ ROWS = [
 CALLS = {
     "save_images": (IMAGES, 4, ["a", "b", "c"], "title"),
     "save_grid_table": ({"few": [IMAGES] * 2, "more": [IMAGES] * 2}, 4, ["samples", "plane"], {"more": [0, 3]}),
-    "save_strips": ([(name, range(4), {"$D(x)$": [1, 0, 1, 0]}, IMAGES) for name in "ab"], "epoch", (0, 1), 2),
+    "save_strips": ([(name, range(4), {"$D(x)$": [1, 0, 1, 0]}, IMAGES) for name in "ab"], "epoch", (0, 1)),
     "save_territories": (IMAGES[:9], 3, (torch.arange(81) // 30).reshape(9, 9)),
     "save_scatter": (POINTS, DIGITS, "title"),
     "save_posterior": (POINTS,),

@@ -50,6 +50,9 @@ def run_all(script, folder, args, variants, given, length=(), flags=(), left_out
         seed_folder = place_of_all / f"seed_{seed}"
         return seed_folder / "variants" / name if name and args.ablation else seed_folder
 
+    def places(name):
+        return [place(name, seed) for seed in seeds(name)]
+
     def command(name, seed):
         where = place(name, seed)
         own_length = name is not None and "num_epochs" in variants[name][1]
@@ -65,15 +68,11 @@ def run_all(script, folder, args, variants, given, length=(), flags=(), left_out
         runs = [(name, seed) for name in names for seed in seeds(name)]
         to_do = [run for run in runs if args.restart or not _is_complete(place(*run))]
         _train_all([(*run, command(*run)) for run in to_do], machine.find_device(args.device))
+    possible = [None, *variants] if args.ablation else names
     # Variants of an earlier call keep their rows.
-    names = [
-        name
-        for name in [None, *variants]
-        if name in names
-        or (name and args.ablation and all(_is_complete(place(name, seed)) for seed in seeds(name)))
-    ]
+    names = [name for name in possible if name in names or all(map(_is_complete, places(name)))]
     path = folder / f"{kind}.csv"
-    files.write_csv(path, table({name: [place(name, seed) for seed in seeds(name)] for name in names}))
+    files.write_csv(path, table({name: places(name) for name in names}))
     machine.say(f"table in {path}")
     return {name or "default": place(name, args.seed) for name in names}
 

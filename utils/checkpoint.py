@@ -3,10 +3,31 @@
 import json
 import math
 
+from utils import machine, parallel
 from utils.files import UserError
 
 VERSION = 3  # of the layout of checkpoint.pt
 KEPT = "the checkpoint before it is kept; lower the learning rate or choose another --seed"
+
+
+def description(run):
+    """Return the content of config.json: what a run is, and where it is made."""
+    return {
+        "step": run.step,
+        "variant": run.args.variant or "default",
+        "dry_run": run.args.dry_run,
+        "evaluated_on": "last 10,000 training images" if run.args.held_out else "test images",
+        "dataset": run.args.dataset,
+        "seed": run.args.seed,
+        "minutes": run.args.minutes,
+        "processes": parallel.num_processes(),
+        "device": str(run.device),
+        "hardware": machine.hardware(run.device),
+        "bfloat16_units": machine.has_bfloat16_units(run.device),
+        "command": run.args.command,
+        "hyperparameters": run.options,
+        "versions": machine.versions(),
+    }
 
 
 def require_same(theirs, ours, path, has_schedule):

@@ -1,119 +1,20 @@
-"""The command line of a step: its flags, variants, folders and exit codes, and the main that all steps share."""
+"""The command line of a step: its variants, folders and exit codes, and the main that all steps share."""
 
-import argparse
 import difflib
 import hashlib
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
 
 from utils import ablation, machine, parallel
 from utils.data import DATASETS, load_data
 from utils.files import ROOT, UserError, lacks_memory
-from utils.hyperparameters import Range, from_annotation, hyperparameters
+from utils.flags import ArgumentParser, make_parser
+from utils.hyperparameters import hyperparameters
 from utils.run import Run, Terminated
 
 MAX_FOLDER_NAME = 100  # characters
 DRY_RUN_EPOCHS = 2
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Flags
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse that answers bad usage with one line instead of the whole usage."""
-
-    def __init__(self, **options):
-        def wide(prog):  # a flag is one line
-            return argparse.RawDescriptionHelpFormatter(prog, max_help_position=36, width=130)
-
-        super().__init__(usage="%(prog)s [flags]", formatter_class=wide, allow_abbrev=False, **options)
-
-    def parse_known_args(self, args=None, namespace=None):
-        namespace, others = super().parse_known_args(args, namespace)
-        if [] in vars(namespace).values():  # some versions of argparse make this of --flag=--
-            self.error("-- is no value of a flag")
-        return namespace, others
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (--help lists the flags)\n")
-
-
-def whole_number(least):
-    """Return an argparse type for integers of at least `least`."""
-    return from_annotation("number", least, Annotated[int, Range(least)]).parse
-
-
-def positive(text):
-    """argparse type for a finite number above 0."""
-    value = from_annotation("number", 1.0, float).parse(text)
-    if not value:
-        raise argparse.ArgumentTypeError("takes a number above 0")
-    return value
-
-
-def folder(text):
-    """argparse type for a folder or file: `~` is the home folder, and an empty name is refused."""
-    if not text:
-        raise argparse.ArgumentTypeError("takes the name of a folder or file")
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"finds no home folder for {text}") from None
-
-
-def make_parser(script, description, options):
-    """Make the parser of a step. Hyperparameters that are not given are no attributes, so that a variant can set them."""
-    parser = ArgumentParser(prog=Path(script).name, description=description)
-    groups = {}
-    for each in options.values():
-        if each.group not in groups:
-            groups[each.group] = parser.add_argument_group(each.group)
-        shown = " ".join(map(str, each.default)) if each.several else each.default
-        options = dict(dest=each.name, default=argparse.SUPPRESS, help=f"{each.help} ({shown})")
-        if each.type is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        else:
-            metavar = "|".join(each.choices) if each.choices else each.type.__name__.upper()
-            options |= dict(type=each.parse, metavar=metavar, nargs="+" if each.several else None)
-        groups[each.group].add_argument(each.flag, **options)
-    add_run_flags(parser.add_argument_group("run"))
-    return parser
-
-
-def add_run_flags(group):
-    """Add the flags that every step has beside its hyperparameters."""
-    add = group.add_argument
-    add("--minutes", type=positive, metavar="M", help="train for so long instead of a number of epochs")
-    add("--seed", type=whole_number(0), default=0, metavar="N", help="seed of all random numbers (0)")
-    devices = ["auto", "cpu", "cuda", "mps"]
-    add("--device", choices=devices, default="auto", help="auto is cuda where there is one, else cpu")
-    add(
-        "--dataset",
-        choices=DATASETS,
-        default=DATASETS[0],
-        metavar="NAME",
-        help=f"one of {', '.join(DATASETS)}",
-    )
-    add("--data-dir", type=folder, default=ROOT / "data", metavar="DIR", help="folder of the data (data/)")
-    add("--out-dir", type=folder, metavar="DIR", help="folder for the results, made if missing")
-    add("--dry-run", action="store_true", help="train on a few batches and write every file, to look around")
-    add("--resume", action="store_true", help="go on from the checkpoint of an interrupted run")
-    add("--restart", action="store_true", help="begin anew over the checkpoint of an unfinished run")
-    add("--sample-only", action="store_true", help="draw the figures of a trained model, without training")
-    add("--model", type=folder, metavar="PATH", help="model.pt to draw from, with --sample-only")
-    add("--count", type=whole_number(1), metavar="N", help="number of images in the sample grid")
-    add("--variant", metavar="NAME", help="train a named variant")
-    add("--list-variants", action="store_true", help="list the variants and why they are there, and stop")
-    add(
-        "--ablation",
-        action="store_true",
-        help="train the default and every variant, or --variant; make a table",
-    )
-    add("--seeds", type=whole_number(1), metavar="N", help="train with N seeds from --seed on; make a table")
-    add("--held-out", action="store_true", help="evaluate on the last 10,000 training images, to choose by")
 
 
 def choose_options(parser, args, specs, variants):

@@ -77,8 +77,7 @@ def draw_images(images, columns, row_labels=(), title="", scale=0.3, axis=None, 
     """Draw a grid of images (N, 1, H, W) in [0, 1], with `columns` images in a row, and return its figure.
 
     Args:
-        row_labels: a label for each row.
-        headings: a dict of columns by what stands above them; 0.5 is between the first two columns.
+        row_labels, headings: a label for each row; columns by heading, where 0.5 is between the first two.
         scale: inches per image in a new figure.
         axis: where to draw, or None for a new figure that has exactly the size of the grid.
         marked: indices of images that get a bright frame.
@@ -130,10 +129,7 @@ def save_gif(path, frames, columns=10, captions=(), duration=150, hold=2000):
 
 
 def save_training_gif(path, snapshots, columns):
-    """Write a moving picture of a training; `snapshots` maps epochs to uint8 images (N, 1, H, W).
-
-    Of many epochs, up to MAX_FRAMES at equal steps are shown, the last one among them.
-    """
+    """Write a moving picture of uint8 images (N, 1, H, W) by epoch: up to MAX_FRAMES, with the last one."""
     shown = [*snapshots][:: -max(1, -(-len(snapshots) // MAX_FRAMES))][::-1]
     frames = torch.stack([snapshots[epoch] for epoch in shown]) / 255
     save_gif(path, frames, columns, [f"epoch {epoch}" for epoch in shown])

@@ -143,17 +143,16 @@ def draw_ablation(path, folders, load_model):
     """
     strips = []
     for name, folder in folders.items():
-        rows = files.read_csv(folder / "losses.csv")
-        iterations_per_epoch = sum(row["epoch"] == 1 for row in rows)
-        x = [row["iteration"] / iterations_per_epoch for row in rows]
+        rows = files.read_csv(folder / "epochs.csv")
+        x = [row["epoch"] for row in rows]
         curves = {"$D(x)$": [row["d_real"] for row in rows], "$D(G(z))$": [row["d_fake"] for row in rows]}
         strips.append((name, x, curves, load_model(folder / "model.pt").sample(ABLATION_COLUMNS)))
     plotting.save_strips(path, strips, xlabel="epoch", ylim=(0, 1))
-    table = path.with_suffix(".csv")
-    if table.exists():
+    table = files.read_csv(path.with_suffix(".csv"))
+    if "frechet_distance_mean" in table[0]:  # which needs a classifier of the data set
         panels = {key.replace("_", " ").replace("frechet", "Fréchet"): {"": key} for key in QUALITY}
         where = path.with_name("ablation_metrics.png")
-        plotting.save_ablation(where, files.read_csv(table), panels, log=["Fréchet distance"])
+        plotting.save_ablation(where, table, panels, log=["Fréchet distance"])
 
 
 def write_metrics(run, generator, images):

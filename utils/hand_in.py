@@ -9,8 +9,9 @@ import zipfile
 from pathlib import Path
 
 from utils import machine
-from utils.cli import ArgumentParser, exit_code, folder
+from utils.cli import exit_code
 from utils.files import ROOT, UserError, make_folder, write_atomically
+from utils.flags import ArgumentParser, folder
 
 REPORT = ROOT / "report" / "report.pdf"
 

@@ -168,7 +168,7 @@ def write_metrics(run, network, train_set, test_set):
     machine.say("likelihoods of test and training images")
     nll = nll_of_draws(network, images, labels, how)
     train_nll = nll_of_draws(network, *(each[: len(images)] for each in train_set), how)
-    run.draw("nll_map.png", plotting.save_map, nll.mean((0, 1, 2)), f"NLL (nats, {how})")
+    run.draw("nll_map.png", plotting.save_map, nll.mean((0, 1, 2)), f"test NLL (nats per pixel, {how})")
     run.draw("nll_digits.png", draw_nll_digits, nll.mean(0), labels, how)
     field = receptive_field(network, x[:NUM_PROBED], labels[:NUM_PROBED], SEEN_FROM)
     run.draw("receptive_field.png", plotting.save_receptive_field, field, SEEN_FROM)

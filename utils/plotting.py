@@ -39,20 +39,21 @@ def save_grid_table(path, columns, images_across, row_labels=("",), marked=()):
             axis.set_ylabel(label)
 
 
-def save_strips(path, strips, xlabel, ylim, smooth=400):
-    """Write a page of strips (name, x, curves by label, images), with running means over `smooth` points."""
+def save_strips(path, strips, xlabel, ylim):
+    """Write a page of strips (name, x, curves by label, images)."""
     size = WIDTH, min(0.4 * len(strips), 8.6) + 0.6  # all strips fit on a page
     with new_figure(path, *size, len(strips), 2, squeeze=False, width_ratios=[1, 3]) as (figure, axes):
         longest = max(x[-1] for _, x, _, _ in strips)
         for (left, right), (name, x, curves, images) in zip(axes, strips):
             for label, values in curves.items():
-                left.plot(*_running_means(x, values, smooth), linewidth=1, label=label, rasterized=True)
+                left.plot(x, values, linewidth=1, label=label)
             left.set(xlim=(0, longest), ylim=ylim)
             left.tick_params(length=2, pad=1, labelbottom=False, labelleft=False)
-            left.set_ylabel(name, rotation=0, ha="right", va="center", labelpad=9)
+            left.set_ylabel(name, rotation=0, ha="right", va="center", labelpad=2)
             draw_images(images, len(images), axis=right)
         left.tick_params(labelbottom=True, labelleft=True)
         left.set(xlabel=xlabel, yticks=ylim)
+        figure.align_ylabels(axes[:, 0])
         figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=2)
 
 
@@ -142,8 +143,7 @@ def save_curves(path, x, panels, xlabel="epoch", smooth=1, log=()):
     """Write curves over a common x, as running means over `smooth` points.
 
     `panels` lists (ylabel, curves, references): dicts of values over x, None and NaN left out, and of line heights.
-    A single reference is for all curves; several have the colours of the curves. Axes with labels in `log` are
-    logarithmic.
+    One reference is black, several have the colours of the curves. Axes with labels in `log` are logarithmic.
     """
     size, named = (min(WIDTH, HALF * len(panels)), 2.4), []
     with new_figure(path, *size, 1, len(panels), squeeze=False) as (_, [axes]):
@@ -221,9 +221,7 @@ def _draw_map(axis, values, label, **options):
 def save_receptive_field(path, sensitivity, pixel):
     """Write the mean |d logit / d pixel|, (H, W), of the logit at `pixel`. The blind spot has a colour of its own."""
     values = sensitivity.cpu().numpy()
-    values = np.where(
-        values > 1e-5 * values.max(), values, 0
-    )  # a GPU's rounding leaves 1e-7 in place of zeros
+    values = np.where(values > 1e-5 * values.max(), values, 0)  # a GPU's rounding leaves 1e-7
     earlier = np.arange(values.size).reshape(values.shape) < np.ravel_multi_index(pixel, values.shape)
     with new_figure(path, HALF, 2.4) as (_, axis):
         axis.imshow(np.where(earlier & (values == 0), 1, np.nan), cmap=ListedColormap([COLORS[1]]))

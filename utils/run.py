@@ -90,17 +90,16 @@ class Run:
         files.make_folder(self.folder)
         if parallel.is_first():
             self._lock = files.lock(self.folder)
+        may_replace = self.args.restart or self.args.dry_run or checkpoint.is_finished(self.folder)
         if self.args.resume:
             self._restore(path)
-        elif path.exists() and not (
-            self.args.restart or self.args.dry_run or checkpoint.is_finished(self.folder)
-        ):
+        elif path.exists() and not may_replace:
             raise UserError(
                 f"{self.folder} holds an unfinished run: --resume goes on with it, --restart begins anew over it"
             )
         self._started = time.perf_counter()
         if parallel.is_first():
-            files.write_json(self.folder / "config.json", self._config())
+            files.write_json(self.folder / "config.json", checkpoint.description(self))
         if not self.args.resume:
             self._save()
 
@@ -238,24 +237,6 @@ class Run:
         """End the lock on the folder."""
         if self._lock:
             self._lock.close()
-
-    def _config(self):
-        return {
-            "step": self.step,
-            "variant": self.args.variant or "default",
-            "dry_run": self.args.dry_run,
-            "evaluated_on": "last 10,000 training images" if self.args.held_out else "test images",
-            "dataset": self.args.dataset,
-            "seed": self.args.seed,
-            "minutes": self.args.minutes,
-            "processes": parallel.num_processes(),
-            "device": str(self.device),
-            "hardware": machine.hardware(self.device),
-            "bfloat16_units": machine.has_bfloat16_units(self.device),
-            "command": self.args.command,
-            "hyperparameters": self.options,
-            "versions": machine.versions(),
-        }
 
     def _identity(self):
         """Return what a checkpoint must share with the run that resumes it."""

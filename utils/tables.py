@@ -15,8 +15,9 @@ import hw2_step1_main as step1
 import hw2_step2_main as step2
 import hw2_step3_main as step3
 from utils import machine
-from utils.cli import ArgumentParser, exit_code
+from utils.cli import exit_code
 from utils.files import ROOT, UserError, read_csv, write_atomically
+from utils.flags import ArgumentParser
 
 PAGES = ("README.md", "results/README.md")
 SCRIPTS = {"step1": step1, "step2": step2, "step3": step3}

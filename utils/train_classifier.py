@@ -72,7 +72,7 @@ def train_and_evaluate(run, train_set, test_set):
     run.save_model(classifier)
     loss = ("cross-entropy (nats)", {"training": run.history["loss"]}, {})
     share = ("accuracy", {"test, grey": run.history["accuracy"]}, {})
-    run.draw("loss.png", plotting.save_curves, run.history["epoch"], [loss, share])
+    run.draw("loss.png", plotting.save_curves, run.history["epoch"], [loss, share], log=loss[:1])
 
     count, formula = len(test_set[0]), "the likeliest digit is the label"
     parts = train_set[0][:count], train_set[0][-NUM_HELD_OUT:][:NUM_SIGMA_IMAGES], test_set[0]

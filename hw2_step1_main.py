@@ -59,6 +59,7 @@ VARIANTS = {
         dict(d_learning_rate=1e-3, g_learning_rate=4e-4),
     ),
     "d-freq-2": ("is a discriminator updated twice as often a better teacher?", dict(d_freq=2)),
+    "d-freq-5": ("and one updated five times as often?", dict(d_freq=5)),
     "no-average": ("what does the average of the generator's weights do?", dict(ema_decay=0.0)),
     "relativistic": (
         "is a relativistic loss with R1 and R2 (Huang et al. 2024, arXiv 2501.05441) better?",
@@ -101,11 +102,7 @@ def train_main_loop(
     ema_decay: Annotated[Fraction, "decay of the average of the generator's weights"] = 0.9995,
     dropout: Annotated[Fraction, "dropout in the discriminator", NETWORK] = 0.1,
     dim_z: Annotated[int, "dimensions of the noise", NETWORK] = 100,
-    g_channels: Annotated[tuple[int, ...], "units of the generator's hidden layers", NETWORK] = (
-        64,
-        128,
-        256,
-    ),
+    g_channels: Annotated[tuple[int, ...], "units of the generator's layers", NETWORK] = (64, 128, 256),
     d_channels: Annotated[tuple[int, ...], "units of the discriminator's", NETWORK] = (256, 128, 64),
 ):
     """Train on uint8 images (N, 1, 28, 28); return the generator with averaged (EMA) weights."""

@@ -114,11 +114,7 @@ def train(
     distorted: Annotated[Fraction, "share of training images that are rotated, scaled and sheared"] = 0.0,
     distorted_until: Annotated[Fraction, "share of the training with distorted images"] = 0.9,
     latent_dim: Annotated[int, Range(2), "latent dimensions, two for the latent plane", NETWORK] = 2,
-    hidden_dims: Annotated[tuple[int, ...], "units of the encoder's hidden layers", NETWORK] = (
-        256,
-        256,
-        256,
-    ),
+    hidden_dims: Annotated[tuple[int, ...], "units of the encoder's layers", NETWORK] = (256, 256, 256),
 ):
     """Minimise `loss_func` over uint8 images (N, 1, 28, 28); return the model."""
     train_images, _ = train_set

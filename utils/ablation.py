@@ -34,8 +34,7 @@ def run_all(script, folder, args, variants, given, length=(), flags=(), left_out
     Returns:
         The folder of the run with the first seed by variant name, the default's by "default".
     """
-    kind = "ablation" if args.ablation else "seeds"
-    place_of_all = folder / kind
+    place_of_all = folder / ("ablation" if args.ablation else "seeds")
     counts = [args.seeds] * 2 if args.seeds else num_seeds
     names = _names(args, variants, left_out)
     given = [*(["--held-out", *flags] if args.ablation else []), *given]
@@ -71,7 +70,7 @@ def run_all(script, folder, args, variants, given, length=(), flags=(), left_out
     possible = [None, *variants] if args.ablation else names
     # Variants of an earlier call keep their rows.
     names = [name for name in possible if name in names or all(map(_is_complete, places(name)))]
-    path = folder / f"{kind}.csv"
+    path = place_of_all.with_suffix(".csv")
     files.write_csv(path, table({name: places(name) for name in names}))
     machine.say(f"table in {path}")
     return {name or "default": place(name, args.seed) for name in names}

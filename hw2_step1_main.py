@@ -1,6 +1,6 @@
 """Step 1: a generative adversarial network on MNIST (Goodfellow et al. 2014, arXiv 1406.2661).
 
-Two fully connected networks play the game of Eq. 1. The discriminator learns to tell real images from generated ones,
+Two fully connected networks play the game of the assignment's Eq. 1. The discriminator learns to tell real images from generated ones,
 and the generator learns to fool it.
 
     python hw2_step1_main.py                       train with the defaults below
@@ -85,6 +85,7 @@ VARIANTS = {
 }
 
 
+# Each argument after * is also a flag: Annotated gives its type and its --help text.
 def train_main_loop(
     run,
     images,
@@ -108,11 +109,14 @@ def train_main_loop(
     """Train on uint8 images (N, 1, 28, 28); return the generator with averaged (EMA) weights."""
     generator = Generator(dim_z, g_channels).to(run.device)
     discriminator = Discriminator(d_channels, dropout).to(run.device)
+    # ema.module is a copy of the generator whose weights are a moving average. It draws better samples.
     ema = AveragedModel(generator, avg_fn=ema_with_warm_up(ema_decay))
     adam = dict(betas=(0.5, 0.999), fused=True)
     g_optimizer = torch.optim.Adam(generator.parameters(), g_learning_rate, **adam)
     d_optimizer = torch.optim.Adam(discriminator.parameters(), d_learning_rate, **adam)
     criterion = nn.BCEWithLogitsLoss()
+    # run.track names what a checkpoint saves. run.epochs and run.batches count epochs and shuffle batches, and
+    # save a checkpoint after each epoch. run.record averages the losses over the epoch, and stops at NaN.
     run.track(
         generator=generator,
         discriminator=discriminator,
@@ -120,22 +124,23 @@ def train_main_loop(
         g_optimizer=g_optimizer,
         d_optimizer=d_optimizer,
     )
-    if run.iteration == 0:
+    if run.is_new:
         monitor_images(run, ema.module, epoch=0)
 
     for epoch in run.epochs(num_epochs):
-        for (x,) in run.batches(images, batch_size=batch_size):
-            x = to_symmetric(x)
+        for (batch,) in run.batches(images, batch_size=batch_size):
+            x = to_symmetric(batch)
             fake_images = generator(torch.randn(len(x), dim_z, device=run.device))
             # The penalty costs a second backward pass, so only every few updates have it, with a larger weight.
-            has_penalty = run.iteration % penalty_every == 0
+            weight = penalty * penalty_every if run.iteration % penalty_every == 0 else 0.0
             d_loss, outputs_real, outputs_fake, _ = train_discriminator(
                 discriminator, d_optimizer, x, fake_images, criterion, run.device,
-                relativistic=loss == "relativistic",
-                penalty=penalty * penalty_every if has_penalty else 0.0,
+                relativistic=loss == "relativistic", penalty=weight,
             )  # fmt: skip
             g_loss = None
-            if run.iteration % d_freq == 0:
+            if (
+                run.iteration % d_freq == 0
+            ):  # g_optimizer holds the generator's weights alone, so D stays as it is
                 g_loss, _ = train_generator(
                     generator, g_optimizer, discriminator(fake_images), criterion, run.device,
                     saturating=loss == "saturating",
@@ -151,7 +156,8 @@ def train_main_loop(
 def ema_with_warm_up(decay):
     """Return the update of an exponential moving average whose decay rises to `decay`.
 
-    Early averages then follow the weights, so that early samples show what was learnt.
+    It is 2/11 at first and 0.9 after 80 updates. So early averages follow the weights, and early samples show
+    what was learnt.
     """
 
     def update(average, current, num_averaged):
@@ -169,12 +175,12 @@ def monitor_images(run, generator, epoch):
     run.snapshot(epoch, generator.sample(gan_results.NUM_SNAPSHOT))
     if epoch == 0:
         return
-    if epoch % 10 == 0 or epoch == run.options["num_epochs"]:
+    if epoch % 10 == 0 or run.is_last(epoch):
         gan_results.log_quality(run, generator, epoch)
     means = run.means()
-    run.log("epochs", epoch=epoch, **{name: means.get(name) for name in gan_results.WORDS})
+    run.log("epochs", epoch=epoch, **{name: means.get(name) for name in gan_results.LABELS})
     warnings = gan_results.find_trouble(generator, dataset=run.args.dataset, **means)
-    run.print_epoch(epoch, *warnings, **{gan_results.WORDS[name]: value for name, value in means.items()})
+    run.print_epoch(epoch, {gan_results.LABELS[name]: value for name, value in means.items()}, *warnings)
 
 
 def monitor_losses(run):

@@ -71,6 +71,7 @@ VARIANTS = {
 NOT_COMPARABLE = ("stochastic", "double", "large")
 
 
+# Each argument after * is also a flag: Annotated gives its type and its --help text.
 def train(
     run,
     network,
@@ -96,26 +97,30 @@ def train(
     train_images, train_labels = train_set
     num_steps = num_epochs * math.ceil(len(train_images) / batch_size)
 
-    def rate(step):  # a factor: linear warm-up, then a linear fall to zero
+    def rate_factor(step):  # linear warm-up, then a linear fall to zero
         return min((step + 1) / warm_up, 1 - run.fraction_done(step / num_steps))
 
-    optimizer = Muon(*split_parameters(network), muon_rate, learning_rate)
-    schedule = LambdaLR(optimizer, rate)
+    kernels, others = split_parameters(network)
+    optimizer = Muon(kernels, others, muon_rate, learning_rate)
+    schedule = LambdaLR(optimizer, rate_factor)
     criterion = nn.BCEWithLogitsLoss(reduction="sum")
+    # run.track names what a checkpoint saves. run.epochs and run.batches count epochs and shuffle batches, and
+    # save a checkpoint after each epoch. run.record averages the losses over the epoch, and stops at NaN.
     run.track(network=network, optimizer=optimizer, schedule=schedule)
-    model = parallel.wrap(network)
-    if run.iteration == 0:
+    parallel_network = parallel.wrap(network)  # the network itself, unless torchrun started several processes
+    if run.is_new:
         log_epoch(run, network, train_set, test_set, epoch=0)
 
     for epoch in run.epochs(num_epochs):
         for images, labels in run.batches(train_images, train_labels, batch_size=batch_size):
-            if run.fraction_done(schedule.last_epoch / num_steps) < distorted_until:
+            if run.fraction_done((run.iteration - 1) / num_steps) < distorted_until:
                 images = data.distort(images, distorted)
             x = data.binarize(images, binarize)
-            x, labels = parallel.shard(x, labels)
+            x, labels = parallel.shard(x, labels)  # this process's part
             with run.autocast(precision):
-                logits = model(*inputs(network, x, labels))
-            loss = parallel.num_processes() * criterion(logits.float(), x) / len(images)  # nats per image
+                logits = parallel_network(*inputs(network, x, labels))  # x, or x and one-hot labels
+            # In nats per image. The gradients of n processes are averaged, hence the factor n.
+            loss = parallel.num_processes() * criterion(logits.float(), x) / len(images)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
@@ -143,7 +148,7 @@ def log_epoch(run, network, train_set, test_set, epoch):
             count = len(test_set[0])
             row[f"{name}_nll"] = evaluate(network, images[:count], labels[:count], run.options["binarize"])
     run.log(epoch=epoch, **row, test_bits=bits_per_pixel(row["test_nll"]))
-    run.print_epoch(epoch, "train NLL {train_nll:.2f}, test NLL {test_nll:.2f} nats".format(**row))
+    run.print_epoch(epoch, {"train NLL": row["train_nll"], "test NLL": row["test_nll"]}, "nats per image")
 
 
 def build_network(conditional, **architecture):
@@ -157,17 +162,19 @@ def load_model(path, device="cpu", steps=(STEP, CONDITIONAL_STEP)):
 
 
 def train_and_evaluate(run, train_set, test_set):
-    conditional, few = run.args.conditional, run.limit(*test_set)
+    conditional = run.args.conditional
+    test_images = run.limit(*test_set)  # with labels; a few batches in a dry run
     architecture = run.arguments(PixelCNN)
     network = build_network(conditional, **architecture).to(run.device, memory_format=torch.channels_last)
-    train(run, network, train_set, few, **run.arguments(train))
-    if not parallel.leave():
+    train(run, network, train_set, test_images, **run.arguments(train))
+    is_first = parallel.leave()
+    if not is_first:
         return
     network.eval()
     run.save_model(network, conditional=conditional, **architecture)
     run.draw("loss.png", pixelcnn_results.draw_losses, run.history, run.options["binarize"])
     pixelcnn_results.draw_samples(run, network, test_set, load_unconditional(run) if conditional else None)
-    pixelcnn_results.write_metrics(run, network, train_set, few)
+    pixelcnn_results.write_metrics(run, network, train_set, test_images)
 
 
 def sample(run, path, test_set):
@@ -188,10 +195,8 @@ def load_unconditional(run):
 
 
 def add_flags(group):
-    digits = range(10)
-    group.add_argument(
-        "--digit", type=int, choices=digits, default=3, metavar="D", help="digit of samples_digit.png (3)"
-    )
+    what = "digit of samples_digit.png (3)"
+    group.add_argument("--digit", type=int, choices=range(10), default=3, metavar="D", help=what)
 
 
 def main(argv=None):

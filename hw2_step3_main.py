@@ -6,7 +6,7 @@ Encoder and decoder are trained together on the evidence lower bound (ELBO) of E
     python hw2_step3_main.py --dry-run                         train on a few batches, to look around
     python hw2_step3_main.py --hidden-dims 128 64 32           train other networks, into a folder of their own
     python hw2_step3_main.py --sample-only                     draw the figures of the trained model
-    python hw2_step3_main.py --ablation                        train every variant below with three seeds
+    python hw2_step3_main.py --ablation            train the variants that compare with the default, with three seeds
 
 Writes into results/step3_vae/:
     loss.png              negative ELBO and its two terms over the epochs, training and test
@@ -31,10 +31,11 @@ from typing import Annotated, Literal
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from models.VAE import VAE_model, kl_divergence, reconstruction_loss
+from models.VAE import VAE_model, loss_terms
 from utils import cli, data, files, machine, vae_results
 from utils.flags import whole_number
 from utils.hyperparameters import NETWORK, Fraction, Range, defaults
+from utils.vae_results import evaluate
 
 STEP = "step3_vae"
 NUM_PIXELS = 28 * 28
@@ -91,13 +92,7 @@ def loss_func(model, x, coeff):
     return reconstruction + coeff * kl
 
 
-def loss_terms(model, x):
-    """Return the two terms of Eq. 2, reconstruction and KL: scalars in nats, means over the images x."""
-    outputs = model(x)
-    reconstruction = reconstruction_loss(outputs["imgs"], x).mean()
-    return reconstruction, kl_divergence(outputs["mean"], outputs["logvar"]).mean()
-
-
+# Each argument after * is also a flag: Annotated gives its type and its --help text.
 def train(
     run,
     train_set,
@@ -124,13 +119,15 @@ def train(
     schedule = LambdaLR(
         optimizer, lambda step: (1 + math.cos(math.pi * run.fraction_done(step / num_steps))) / 2
     )
+    # run.track names what a checkpoint saves. run.epochs and run.batches count epochs and shuffle batches, and
+    # save a checkpoint after each epoch. run.record averages the losses over the epoch, and stops at NaN.
     run.track(model=model, optimizer=optimizer, schedule=schedule)
-    if run.iteration == 0:
+    if run.is_new:
         log_epoch(run, model, train_set, test_set, epoch=0)
 
     for epoch in run.epochs(num_epochs):
         for (images,) in run.batches(train_images, batch_size=batch_size):
-            fraction_done = run.fraction_done(schedule.last_epoch / num_steps)
+            fraction_done = run.fraction_done((run.iteration - 1) / num_steps)
             if fraction_done < distorted_until:
                 images = data.distort(images, distorted)
             x = data.binarize(images, binarize)
@@ -146,14 +143,14 @@ def train(
 
 def kl_weight(kl_coeff, warm_up, fraction_done):
     """Return the weight of the KL term, which rises during the warm-up (Sonderby et al. 2016, arXiv 1602.02282)."""
-    return kl_coeff * (min(1, fraction_done / warm_up) if warm_up else 1)
+    return kl_coeff if warm_up == 0 else kl_coeff * min(1, fraction_done / warm_up)
 
 
 def log_epoch(run, model, train_set, test_set, epoch):
     """Add a row to losses.csv and print it: both terms for the test images and as many training images."""
     row = dict(loss=run.means().get("loss"))
     for name, (images, _) in (("train", train_set), ("test", test_set)):
-        with machine.seeded(run.device):  # the same draws after every epoch, and none of the training's
+        with machine.seeded(run.device):  # the same draws after every epoch
             x = data.binarize(images[: len(test_set[0])], run.options["binarize"])
             reconstruction, kl = evaluate(model, x)
         row |= {
@@ -163,16 +160,9 @@ def log_epoch(run, model, train_set, test_set, epoch):
         }
     run.snapshot(epoch, vae_results.decode_plane(model, vae_results.SNAPSHOT_SIDE))
     run.log(epoch=epoch, **row)
-    run.print_epoch(epoch, **{f"{name} -ELBO": -row[f"{name}_elbo"] for name in ("train", "test")})
-
-
-@torch.no_grad()
-def evaluate(model, x, batch_size=1000):
-    """Return reconstruction term and KL in nats, means over images x in [0, 1] with one draw of z for each."""
-    totals = torch.zeros(2)
-    for chunk in x.split(batch_size):
-        totals += len(chunk) * torch.stack(loss_terms(model, chunk)).cpu()
-    return (totals / len(x)).tolist()
+    run.print_epoch(
+        epoch, {f"{name} -ELBO": -row[f"{name}_elbo"] for name in ("train", "test")}, "nats per image"
+    )
 
 
 def plot_latent_images(model, path="latent_plane.png", n=vae_results.PLANE_SIDE, device=None):
@@ -192,7 +182,7 @@ def train_and_evaluate(run, train_set, test_set):
     run.save_model(model, input_dim=NUM_PIXELS, hidden_dims=hidden_dims)
     run.draw("loss.png", vae_results.draw_losses, run.history)
     draw_figures(run, model, test_set)
-    vae_results.write_metrics(run, model, train_set, few, evaluate)
+    vae_results.write_metrics(run, model, train_set, few)
 
 
 def draw_figures(run, model, test_set):

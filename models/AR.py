@@ -31,13 +31,14 @@ class MaskedConv2d(nn.Conv2d):
         self.mask_type = mask_type
         row, column = (size // 2 for size in self.kernel_size)  # of the centre
         mask = torch.ones_like(self.weight)
-        mask[:, :, row, column + (mask_type == "B") :] = 0
+        first_hidden = column if mask_type == "A" else column + 1
+        mask[:, :, row, first_hidden:] = 0
         mask[:, :, row + 1 :] = 0
         self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, x):
         """Convolve (N, in_channels, H, W) to (N, out_channels, H', W'); equals `conv2d(x, weight * mask)`."""
-        # All rows below the centre are hidden. Leaving them out costs 4/7 of a full 7 x 7 kernel.
+        # The rows below the centre are zero. Without them a 7 x 7 kernel takes 4/7 of the time.
         weight = self.visible_weight()
         hidden_rows = self.kernel_size[0] - weight.shape[2]
         top, side = self.padding

@@ -65,14 +65,7 @@ def _linear_layers(inputs, channels, outputs, dropout=None):
 
 
 def train_discriminator(
-    discriminator,
-    d_optimizer,
-    images,
-    fake_images,
-    criterion,
-    device,
-    relativistic=False,
-    penalty=0.0,
+    discriminator, d_optimizer, images, fake_images, criterion, device, relativistic=False, penalty=0.0
 ):
     """Take one optimiser step on -log D(x) - log(1 - D(G(z))), the discriminator's side of Eq. 1.
 
@@ -89,14 +82,15 @@ def train_discriminator(
     """
     images, fake_images = images.to(device).flatten(1), fake_images.detach().to(device).flatten(1)
     sizes = [len(images), len(fake_images)]
-    # One pass over both halves is faster. Without batch normalisation it gives the same logits as two.
+    # One pass is faster than two. Without batch normalisation, images do not influence one another.
     x = torch.cat([images, fake_images]).requires_grad_(penalty > 0)
     outputs = discriminator(x)
     outputs_real, outputs_fake = outputs.split(sizes)
+    real, fake = outputs_real, outputs_fake
     if relativistic:
-        outputs_real, outputs_fake = outputs_real - outputs_fake, outputs_fake - outputs_real
-    d_loss_fake = criterion(outputs_fake, torch.zeros_like(outputs_fake))
-    d_loss = criterion(outputs_real, torch.ones_like(outputs_real)) + d_loss_fake
+        real, fake = outputs_real - outputs_fake, outputs_fake - outputs_real
+    d_loss_fake = criterion(fake, torch.zeros_like(fake))
+    d_loss = criterion(real, torch.ones_like(real)) + d_loss_fake
     loss = d_loss + penalty * gradient_penalty(x, outputs, sizes) if penalty else d_loss
     d_optimizer.zero_grad()  # also clears what the generator's step has left
     loss.backward()
@@ -110,8 +104,11 @@ def gradient_penalty(x, outputs, sizes):
     R1 is half the mean of |gradient of D with respect to x|^2 over the real images, R2 over the fake images.
     The images x (N, 784) are sizes[0] real ones, then sizes[1] fake ones. `outputs` are their logits (N, 1).
     """
+    # Each logit depends on its own image alone, so the gradient of the sum holds the gradient of every image.
+    # create_graph: it will be differentiated again.
     (gradient,) = torch.autograd.grad(outputs.sum(), x, create_graph=True)
-    return sum(part.mean() / 2 for part in gradient.square().sum(1).split(sizes))
+    real, fake = gradient.square().sum(1).split(sizes)
+    return real.mean() / 2 + fake.mean() / 2
 
 
 def train_generator(

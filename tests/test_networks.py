@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from models.GAN import Discriminator, Generator
-from models.VAE import VAE_model, importance_bound, plane_log_likelihood
+from models.VAE import VAE_model
+from utils.likelihoods import importance_bound, plane_log_likelihood
 
 
 @pytest.mark.parametrize(

@@ -12,19 +12,12 @@ from torch.distributions import Bernoulli, Normal
 from torch.distributions import kl_divergence as kl_of
 
 import hw2_step3_main as step3
-from models import VAE
-from models.VAE import (
-    VAE_model,
-    active_units,
-    importance_bound,
-    kl_divergence,
-    plane_log_likelihood,
-    reconstruction_loss,
-)
+from models.VAE import VAE_model, kl_divergence, reconstruction_loss
 from tests import children
 from tests.conftest import ROOT
-from utils import vae_results
+from utils import likelihoods, vae_results
 from utils.data import binarize, load_data
+from utils.likelihoods import active_units, importance_bound, plane_log_likelihood
 
 
 def test_architecture_and_shapes():
@@ -196,7 +189,7 @@ def test_estimates_are_repeatable_and_leave_the_global_state():
 @pytest.mark.parametrize("num_samples", [1, 3, 40])
 def test_estimates_decode_a_bounded_number_at_once(num_samples, monkeypatch):
     sizes, decode_logits = [], VAE_model.decode_logits
-    monkeypatch.setattr(VAE, "NUM_DECODED", 7)
+    monkeypatch.setattr(likelihoods, "NUM_DECODED", 7)
     monkeypatch.setattr(
         VAE_model, "decode_logits", lambda self, z: sizes.append(len(z)) or decode_logits(self, z)
     )

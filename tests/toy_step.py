@@ -32,7 +32,7 @@ def train(
             nll.backward()
             optimizer.step()
             run.record(keep=True, nll=nll)
-        run.print_epoch(epoch, **run.means())
+        run.print_epoch(epoch, run.means())
     return model
 
 

@@ -14,7 +14,7 @@ NUM_SNAPSHOT = 50  # images of the same noise that are kept after an epoch
 STRIP_ROWS = 8  # epochs shown in samples_by_epoch.png
 WALKS = 6  # rows of interpolation.png
 ABLATION_COLUMNS = 12  # samples of each run in ablation.png
-WORDS = dict(d_loss="D loss", g_loss="G loss", d_real="D(x)", d_fake="D(G(z))")  # the losses of a batch
+LABELS = dict(d_loss="D loss", g_loss="G loss", d_real="D(x)", d_fake="D(G(z))")  # the losses of a batch
 NUM_WATCHED = 200  # samples that are checked for mode collapse after each epoch
 NUM_MEASURED = 2000  # samples for quality.csv, every ten epochs
 QUALITY = ("frechet_distance", "classifier_score", "precision", "recall")  # its columns

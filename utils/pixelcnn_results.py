@@ -40,7 +40,8 @@ def binarize_test(images, how, num_draws=1):
 @torch.no_grad()
 def pixel_nll(network, x, labels, batch_size=250):
     """Return -log p(x_i | x_1, ..., x_{i-1}) of every pixel in nats, (N, 1, 28, 28), for images x in {0, 1}."""
-    nll, silent = [], None if parallel.is_first() else True
+    nll = []
+    silent = None if parallel.is_first() else True  # None: silent unless the output is a terminal
     chunks = tqdm(x.split(batch_size), "evaluation", unit="batch", disable=silent, leave=False)
     for some, their_labels in zip(chunks, labels.split(batch_size)):
         logits = network(*inputs(network, some, their_labels)).float()

@@ -38,7 +38,6 @@ class Run:
         iteration: number of the batch under way, from 1, counted over all epochs; 0 before the first one.
         is_tracking: whether `track` has been called, so that files may have been written.
         tables: dict of tables by name, each a dict of columns; NAME is written to NAME.csv.
-        history: the table "losses".
         snapshots: dict of uint8 images by epoch, kept in the checkpoint.
     """
 
@@ -60,7 +59,13 @@ class Run:
         torch.manual_seed(args.seed)
 
     @property
+    def is_new(self):
+        """Whether no batch has been trained on yet."""
+        return self._epoch == self._batch == 0
+
+    @property
     def history(self):
+        """The table "losses"."""
         return self.tables["losses"]
 
     def arguments(self, function):
@@ -149,6 +154,10 @@ class Run:
         minutes = self.args.minutes
         return min(1, self._elapsed() / (60 * minutes) if minutes else fraction_of_steps)
 
+    def is_last(self, epoch):
+        """Tell whether the training ends with this epoch."""
+        return self.fraction_done(epoch / self.options["num_epochs"]) == 1
+
     def record(self, keep=False, **losses):
         """Take the mean losses of the batch under way into the means of the epoch.
 
@@ -194,12 +203,11 @@ class Run:
 
     def snapshot(self, epoch, images):
         """Keep images in [0, 1] after this epoch: after each of the first epochs and after some 16 later ones."""
-        num_epochs = self.options["num_epochs"]
-        if epoch <= 6 or epoch % math.ceil(num_epochs / 16) == 0 or epoch == num_epochs:
+        if epoch <= 6 or epoch % math.ceil(self.options["num_epochs"] / 16) == 0 or self.is_last(epoch):
             self.snapshots[epoch] = (images * 255).to(torch.uint8).cpu()
 
-    def print_epoch(self, epoch, *words, **values):
-        """Print one line about an epoch: values by name, then words."""
+    def print_epoch(self, epoch, values, *words):
+        """Print one line about an epoch: the dict of values, then words."""
         shown = [f"{name} {value:.4g}" for name, value in values.items()]
         machine.say("  ".join([f"{self._title(epoch)} ({self._elapsed():.0f} s)", *shown, *words]))
 
@@ -290,7 +298,6 @@ class Run:
             raise UserError(
                 f"{path} does not fit this version of the script: begin anew with --restart"
             ) from None
-        self.iteration = self._epoch + self._batch  # above 0 once the training has begun; `batches` sets it
 
     def _elapsed(self):
         """Return the seconds of training so far, over all resumptions."""

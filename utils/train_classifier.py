@@ -51,7 +51,7 @@ def train(
             run.record(loss=loss)
         row = dict(**run.means(), accuracy=accuracy(classifier, *test_set, "none"))
         run.log(epoch=epoch, **row)
-        run.print_epoch(epoch, **row)
+        run.print_epoch(epoch, row)
 
 
 @torch.no_grad()

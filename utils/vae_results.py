@@ -3,9 +3,10 @@
 import torch
 from tqdm import tqdm
 
-from models.VAE import active_units, importance_bound, plane_log_likelihood, reconstruction_loss
+from models.VAE import loss_terms, reconstruction_loss
 from utils import figures, files, machine, metrics, plotting
 from utils.data import binarize, to_unit
+from utils.likelihoods import active_units, importance_bound, plane_log_likelihood
 
 HEADLINE = ("test_negative_elbo", "test_bound", "frechet_distance")  # printed at the end
 COLUMNS = 10  # images in a row of a figure
@@ -31,6 +32,15 @@ PROTOCOLS = {
     "none": ("_grey", "grey, as targets of the cross-entropy"),
     "threshold": ("_threshold", "thresholded, x > 0.5"),
 }
+
+
+@torch.no_grad()
+def evaluate(model, x, batch_size=1000):
+    """Return reconstruction term and KL in nats, means over images x in [0, 1] with one draw of z for each."""
+    totals = torch.zeros(2)
+    for chunk in x.split(batch_size):
+        totals += len(chunk) * torch.stack(loss_terms(model, chunk)).cpu()
+    return (totals / len(x)).tolist()
 
 
 @torch.no_grad()
@@ -162,22 +172,22 @@ def draw_ablation(folder, folders, variants, default_kl_coeff, load_model):
     plotting.save_grid_table(folder / "kl_weights.png", table, side, ["samples", "latent plane"])
 
 
-def write_metrics(run, model, train_set, test_set, evaluate):
-    """Write metrics.json; `evaluate(model, x)` returns the reconstruction term and the KL."""
+def write_metrics(run, model, train_set, test_set):
+    """Write metrics.json."""
     thorough = not run.args.held_out  # a run to choose by leaves out what takes long and is not chosen by
     sizes = dict(train_images=len(train_set[0]), test_images=len(test_set[0]))
     results = {}
     for how in PROTOCOLS if thorough else ("stochastic",):
         machine.say(f"bounds of log p(x), pixels {PROTOCOLS[how][1]}")
         with machine.seeded(run.device):
-            results |= bounds(run, model, test_set[0], how, evaluate, sizes)
+            results |= bounds(run, model, test_set[0], how, sizes)
     machine.say("nearest neighbours, and the quality of samples")
     results |= representation_metrics(model, train_set, test_set, thorough, sizes)
     results |= metrics.judge_sampler(run, model.sample)[1]
     run.finish(HEADLINE, **results)
 
 
-def bounds(run, model, images, how, evaluate, sizes):
+def bounds(run, model, images, how, sizes):
     """Return the negative ELBO, its terms and closer bounds in nats, for metrics.json.
 
     They are means over NUM_DRAWS draws, each with pixels and noise of its own.

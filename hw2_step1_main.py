@@ -1,7 +1,7 @@
 """Step 1: a generative adversarial network on MNIST (Goodfellow et al. 2014, arXiv 1406.2661).
 
-Two fully connected networks play the game of the assignment's Eq. 1. The discriminator learns to tell real images from generated ones,
-and the generator learns to fool it.
+Two fully connected networks play the game of the assignment's Eq. 1. The discriminator learns to tell real
+images from generated ones, and the generator learns to fool it.
 
     python hw2_step1_main.py                       train with the defaults below
     python hw2_step1_main.py --dry-run             train on a few batches, to look around
@@ -179,7 +179,7 @@ def monitor_images(run, generator, epoch):
         gan_results.log_quality(run, generator, epoch)
     means = run.means()
     run.log("epochs", epoch=epoch, **{name: means.get(name) for name in gan_results.LABELS})
-    warnings = gan_results.find_trouble(generator, dataset=run.args.dataset, **means)
+    warnings = gan_results.find_trouble(generator, means["d_real"], means["d_fake"], run.args.dataset)
     run.print_epoch(epoch, {gan_results.LABELS[name]: value for name, value in means.items()}, *warnings)
 
 

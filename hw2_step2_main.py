@@ -7,6 +7,7 @@ arXiv 1601.06759). With --conditional the label enters every masked layer (2016b
     python hw2_step2_main.py --conditional                           train the class-conditional network
     python hw2_step2_main.py --minutes 5                             train for five minutes, whatever the machine
     python hw2_step2_main.py --dry-run                               train on a few batches, to look around
+    python hw2_step2_main.py --ablation                              train the variants, five minutes each
     python hw2_step2_main.py --conditional --sample-only --digit 7 --count 20     draw twenty sevens
     torchrun --nproc_per_node=2 hw2_step2_main.py                    share the training between two processes or GPUs
 
@@ -19,6 +20,7 @@ Writes into results/step2_pixelcnn/ or results/step2_conditional_pixelcnn/:
     nll_digits.png       mean NLL of each digit
     receptive_field.png  the pixels that a prediction depends on, and the blind spot
     losses.csv, metrics.json, config.json, model.pt
+and after --ablation: ablation.csv, metrics of all variants
 and with --conditional:
     samples_digit.png    samples of the digit chosen with --digit
     comparison.png       real, unconditional and conditional images side by side

@@ -15,7 +15,7 @@ from utils.files import UserError
 
 
 def run_all(script, folder, args, variants, given, length=(), flags=(), left_out=(), num_seeds=(3, 3)):
-    """Train the default, or --variant, with several seeds; with --ablation the default and every variant or --variant.
+    """Train one configuration with several seeds, or with --ablation the default and the variants.
 
     An ablation is there to choose by, so it is evaluated on held-out training images. Each run is a process of its
     own: on the CPU as many at once as there are cores, with one thread each, and one at a time on a GPU. Finished
@@ -35,7 +35,6 @@ def run_all(script, folder, args, variants, given, length=(), flags=(), left_out
         The folder of the run with the first seed by variant name, the default's by "default".
     """
     place_of_all = folder / ("ablation" if args.ablation else "seeds")
-    counts = [args.seeds] * 2 if args.seeds else num_seeds
     names = _names(args, variants, left_out)
     given = [*(["--held-out", *flags] if args.ablation else []), *given]
     at_full_length = args.variant in left_out and "num_epochs" in variants[args.variant][1]
@@ -43,7 +42,8 @@ def run_all(script, folder, args, variants, given, length=(), flags=(), left_out
         length = ()
 
     def seeds(name):
-        return range(args.seed, args.seed + counts[name is not None and args.ablation])
+        of_default, of_variant = num_seeds
+        return range(args.seed, args.seed + (args.seeds or (of_variant if name else of_default)))
 
     def place(name, seed):
         seed_folder = place_of_all / f"seed_{seed}"

@@ -52,20 +52,20 @@ def folder(text):
 
 
 def make_parser(script, description, options):
-    """Make the parser of a step. Hyperparameters that are not given are no attributes, so that a variant can set them."""
+    """Make the parser of a step. A hyperparameter that is not given is no attribute, so that a variant can set it."""
     parser = ArgumentParser(prog=Path(script).name, description=description)
     groups = {}
     for each in options.values():
         if each.group not in groups:
             groups[each.group] = parser.add_argument_group(each.group)
         shown = " ".join(map(str, each.default)) if each.several else each.default
-        options = dict(dest=each.name, default=argparse.SUPPRESS, help=f"{each.help} ({shown})")
+        settings = dict(dest=each.name, default=argparse.SUPPRESS, help=f"{each.help} ({shown})")
         if each.type is bool:
-            options["action"] = argparse.BooleanOptionalAction
+            settings["action"] = argparse.BooleanOptionalAction
         else:
             metavar = "|".join(each.choices) if each.choices else each.type.__name__.upper()
-            options |= dict(type=each.parse, metavar=metavar, nargs="+" if each.several else None)
-        groups[each.group].add_argument(each.flag, **options)
+            settings |= dict(type=each.parse, metavar=metavar, nargs="+" if each.several else None)
+        groups[each.group].add_argument(each.flag, **settings)
     add_run_flags(parser.add_argument_group("run"))
     return parser
 

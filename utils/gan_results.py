@@ -17,7 +17,7 @@ ABLATION_COLUMNS = 12  # samples of each run in ablation.png
 LABELS = dict(d_loss="D loss", g_loss="G loss", d_real="D(x)", d_fake="D(G(z))")  # the losses of a batch
 NUM_WATCHED = 200  # samples that are checked for mode collapse after each epoch
 NUM_MEASURED = 2000  # samples for quality.csv, every ten epochs
-QUALITY = ("frechet_distance", "classifier_score", "precision", "recall")  # its columns
+QUALITY = ("frechet_distance", "classifier_score", "precision", "recall")  # columns of quality.csv
 SATURATED = 0.95  # D(x) above it, with D(G(z)) as close to 0, means a saturated discriminator
 COLLAPSED = 0.5  # one digit in a larger share of the samples means mode collapse
 SHARP = 0.2  # share of white pixels among those with ink; real digits have 0.5, early samples are grey fog
@@ -30,7 +30,7 @@ GENERATOR_LOSSES = {
 }
 
 
-def find_trouble(generator, d_real, d_fake, dataset="MNIST", **_):
+def find_trouble(generator, d_real, d_fake, dataset="MNIST"):
     """Return warnings about an epoch with these means of D(x) and D(G(z)): a saturated discriminator, mode collapse."""
     warnings = []
     if d_real > SATURATED and d_fake < 1 - SATURATED:

@@ -86,7 +86,6 @@ DESCRIPTIONS = dict(
     classifier_score=("effective digits, 1 to 10", "exp(mean KL(p(y|x) || p(y)))"),
     largest_share=("share of samples", "share of the most frequent digit, by the classifier"),
     smallest_share=("share of samples", "share of the rarest digit, by the classifier"),
-    share_distance=("total variation, 0 to 0.9", "1/2 sum_y |share_y - 1/10|"),
     precision=("share of samples", f"samples in {IN_FEATURES}, of a real image"),
     recall=("share of real images", f"real images in {IN_FEATURES}, of a sample"),
     density=("ratio", f"real images with a sample in {IN_FEATURES}, / k, mean over samples"),
@@ -105,18 +104,17 @@ def compare(samples, real, sigma_images, classifier=None):
         real_features, _ = _features(real, classifier)
         digits = of_class.argmax(1)
         shares = digit_shares(digits)
-        statistics = dict(
-            frechet_distance=(lambda x: frechet_distance(x, real_features), features),
-            classifier_score=(classifier_score, of_class),
-            share_distance=(lambda x: (digit_shares(x) - 1 / NUM_CLASSES).abs().sum().item() / 2, digits),
-        )
-        errors = {name: jackknife_error(*statistic) for name, statistic in statistics.items()}
         values = dict(
-            **{name: function(x) for name, (function, x) in statistics.items()},
+            frechet_distance=frechet_distance(features, real_features),
+            classifier_score=classifier_score(of_class),
             largest_share=digits == shares.argmax(),
             smallest_share=digits == shares.argmin(),
             **neighbour_metrics(features, real_features),
             **values,
+        )
+        errors = dict(
+            frechet_distance=jackknife_error(lambda x: frechet_distance(x, real_features), features),
+            classifier_score=jackknife_error(classifier_score, of_class),
         )
     entries = {name: files.metric(value, *DESCRIPTIONS[name]) for name, value in values.items()}
     for name, error in errors.items():
@@ -198,8 +196,9 @@ def digit_shares(labels):
 def neighbour_metrics(samples, real, k=NEIGHBOURS):
     """Return precision, recall, density and coverage of features, samples (N, d) and real (M, d), N and M above k.
 
-    Each is a tensor with a value of every sample or real image; its mean is the metric. The k-NN neighbourhood of a point reaches to its k-th nearest neighbour. Precision and recall: Kynkaanniemi et al.
-    2019 (arXiv 1904.06991), Eq. 2. Density and coverage: Naeem et al. 2020 (arXiv 2002.09797), section 3.
+    Each is a tensor with a value of every sample or real image, whose mean is the metric. The k-NN neighbourhood of a
+    point reaches to its k-th nearest neighbour. Precision and recall: Kynkaanniemi et al. 2019 (arXiv 1904.06991),
+    Eq. 2. Density and coverage: Naeem et al. 2020 (arXiv 2002.09797), section 3.
     """
     sample_radius = _radius(samples, k)
     neighbourhoods, recalled, covered = torch.zeros(len(samples), device=samples.device), [], []

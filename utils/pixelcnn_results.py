@@ -32,7 +32,7 @@ def inputs(network, x, labels):
 
 
 def binarize_test(images, how, num_draws=1):
-    """Binarise uint8 test images, (num_draws * N, 1, 28, 28). The draws are the same at every call and on every device."""
+    """Binarise uint8 test images, (num_draws * N, 1, 28, 28). Every call and every device has the same draws."""
     generator = torch.Generator().manual_seed(0)
     return torch.cat([binarize(images, how, generator) for _ in range(num_draws)])
 

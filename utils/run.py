@@ -132,6 +132,7 @@ class Run:
         The order depends on the seed and the epoch alone, so that a resumed epoch can skip the batches it has done.
         After Ctrl-C, finish the batch, save a checkpoint and stop.
         """
+        # The factor keeps two pairs of seed and epoch from sharing an order.
         order = torch.Generator().manual_seed((self.args.seed * 100_003 + self._epoch) % 2**63)
         loader = batches(*tensors, batch_size=batch_size, generator=order)
         silent = None if parallel.is_first() else True

@@ -135,8 +135,7 @@ def train(
 def split_parameters(network):
     """Return the kernels of the blocks, which are most of the weights, and all other parameters."""
     kernels = [layer.weight for layer in network.blocks]
-    chosen = {id(kernel) for kernel in kernels}
-    return kernels, [each for each in network.parameters() if id(each) not in chosen]
+    return kernels, [each for each in network.parameters() if all(each is not kernel for kernel in kernels)]
 
 
 def log_epoch(run, network, train_set, test_set, epoch):
@@ -175,18 +174,19 @@ def train_and_evaluate(run, train_set, test_set):
     network.eval()
     run.save_model(network, conditional=conditional, **architecture)
     run.draw("loss.png", pixelcnn_results.draw_losses, run.history, run.options["binarize"])
-    pixelcnn_results.draw_samples(run, network, test_set, load_unconditional(run) if conditional else None)
+    pixelcnn_results.draw_samples(run, network, test_set, load_unconditional(run))
     pixelcnn_results.write_metrics(run, network, train_set, test_images)
 
 
 def sample(run, path, test_set):
     network = load_model(path, run.device, (run.step,))
-    other = load_unconditional(run) if run.args.conditional else None
-    pixelcnn_results.draw_samples(run, network, test_set, other)
+    pixelcnn_results.draw_samples(run, network, test_set, load_unconditional(run))
 
 
 def load_unconditional(run):
     """Return the unconditional network of the same variant, for comparison.png, or None where there is none."""
+    if not run.args.conditional:
+        return None
     parts = [] if run.args.dataset == data.DATASETS[0] else [f"dataset={run.args.dataset}"]
     try:
         path = cli.default_folder(STEP, run.args.variant, parts) / "model.pt"
@@ -194,11 +194,6 @@ def load_unconditional(run):
     except files.UserError as error:
         machine.say(f"comparison.png lacks unconditional samples: {error}")
         return None
-
-
-def add_flags(group):
-    what = "digit of samples_digit.png (3)"
-    group.add_argument("--digit", type=int, choices=range(10), default=3, metavar="D", help=what)
 
 
 def main(argv=None):
@@ -214,7 +209,6 @@ def main(argv=None):
         train_and_evaluate=train_and_evaluate,
         sample=sample,
         variants=VARIANTS,
-        add_flags=add_flags,
         several_processes=True,
         length=("--minutes", "5"),  # of each run of an ablation
         left_out=NOT_COMPARABLE,

@@ -20,7 +20,10 @@ Writes into results/step3_vae/:
     training.gif          the latent plane over the epochs, a moving picture
     walk.png              from one test digit to another, in the latent space and in pixels
     losses.csv, metrics.json, config.json, model.pt
-    ablation.csv, ablation.png, kl_weights.png    the variants, samples at each KL weight, with --ablation
+and after --ablation:
+    ablation.png          metrics of all variants, means over the seeds
+    kl_weights.png        samples and latent plane at each weight of the KL term
+    ablation.csv          the metrics as a table
 """
 
 import math

@@ -129,6 +129,9 @@ def pretend(monkeypatch):
         folder.mkdir(parents=True, exist_ok=True)
         for file in ("checkpoint.pt", "losses.csv", "model.pt"):
             (folder / file).touch()
+        module = next(each for each in (step1, step2, step3) if Path(command[1]).stem == each.__name__)
+        changes = module.VARIANTS[name][1] if name else {}
+        (folder / "config.json").write_text(json.dumps({"hyperparameters": changes}))
         (folder / "metrics.json").write_text(json.dumps({"wall_time": {"value": 1.0}}))
         return subprocess.CompletedProcess(command, 0, "", "")
 
@@ -138,7 +141,7 @@ def pretend(monkeypatch):
     return seen
 
 
-def test_finished_runs_are_kept_and_interrupted_ones_go_on(call_step, pretend, tmp_path):
+def test_finished_runs_are_kept_and_interrupted_ones_go_on(call_step, pretend, monkeypatch, tmp_path):
     flags = ["--ablation", "--seeds", "1", "--out-dir"]
     assert call_step(step1, *flags, tmp_path).returncode == 0
     names = [None, *step1.VARIANTS]
@@ -162,6 +165,11 @@ def test_finished_runs_are_kept_and_interrupted_ones_go_on(call_step, pretend, t
     assert call_step(step1, *flags, tmp_path).returncode == 0
     resumed = {name: is_resumed for name, is_resumed, _, _ in pretend.runs}
     assert resumed == {"dropout-50": False, "plain": True, "public": True, "saturating": False}
+
+    pretend.runs.clear()
+    monkeypatch.setitem(step1.VARIANTS, "no-dropout", ("edited meanwhile", dict(dropout=0.01)))
+    assert call_step(step1, *flags, tmp_path).returncode == 0
+    assert [run[0] for run in pretend.runs] == ["no-dropout"]
 
     pretend.runs.clear()
     assert_refused(call_step(step1, *flags, tmp_path, "--minutes", "4"), "same flags", "--out-dir")

@@ -37,9 +37,7 @@ def run_all(script, folder, args, variants, given, length=(), flags=(), left_out
     place_of_all = folder / ("ablation" if args.ablation else "seeds")
     names = _names(args, variants, left_out)
     given = [*(["--held-out", *flags] if args.ablation else []), *given]
-    at_full_length = args.variant in left_out and "num_epochs" in variants[args.variant][1]
-    if not args.ablation or "num_epochs" in args or args.minutes or at_full_length:
-        length = ()
+    length = _length(args, variants, left_out, length)
 
     def seeds(name):
         of_default, of_variant = num_seeds
@@ -49,29 +47,31 @@ def run_all(script, folder, args, variants, given, length=(), flags=(), left_out
         seed_folder = place_of_all / f"seed_{seed}"
         return seed_folder / "variants" / name if name and args.ablation else seed_folder
 
-    def places(name):
-        return [place(name, seed) for seed in seeds(name)]
+    def is_complete(name, seed):
+        return _is_complete(place(name, seed), variants[name][1] if name else {})
 
     def command(name, seed):
         where = place(name, seed)
         own_length = name is not None and "num_epochs" in variants[name][1]
         words = [sys.executable, str(script), *(() if own_length else length), *given, "--seed", str(seed)]
         words += ["--out-dir", str(where)] + (["--variant", name] if name else [])
-        if args.restart:
-            return words + ["--restart"]
-        return words + (["--resume"] if (where / "checkpoint.pt").exists() else [])
+        go_on = ["--resume"] if (where / "checkpoint.pt").exists() else []
+        return words + (["--restart"] if args.restart else go_on)
 
     files.make_folder(place_of_all)
     with files.lock(place_of_all):
         _keep_flags(place_of_all, [*length, *given])
         runs = [(name, seed) for name in names for seed in seeds(name)]
-        to_do = [run for run in runs if args.restart or not _is_complete(place(*run))]
+        to_do = [run for run in runs if args.restart or not is_complete(*run)]
+        machine.say(f"{len(to_do)} of {len(runs)} runs to do; results go to {place_of_all}")
         _train_all([(*run, command(*run)) for run in to_do], machine.find_device(args.device))
     possible = [None, *variants] if args.ablation else names
     # Variants of an earlier call keep their rows.
-    names = [name for name in possible if name in names or all(map(_is_complete, places(name)))]
+    names = [
+        name for name in possible if name in names or all(is_complete(name, seed) for seed in seeds(name))
+    ]
     path = place_of_all.with_suffix(".csv")
-    files.write_csv(path, table({name: places(name) for name in names}))
+    files.write_csv(path, table({name: [place(name, seed) for seed in seeds(name)] for name in names}))
     machine.say(f"table in {path}")
     return {name or "default": place(name, args.seed) for name in names}
 
@@ -81,6 +81,12 @@ def _names(args, variants, left_out):
     if not args.ablation:
         return [args.variant]
     return [None, *([args.variant] if args.variant else [name for name in variants if name not in left_out])]
+
+
+def _length(args, variants, left_out, length):
+    """Return the flags for the length of the runs, none where something else sets it."""
+    at_full_length = args.variant in left_out and "num_epochs" in variants[args.variant][1]
+    return length if args.ablation and not (args.minutes or "num_epochs" in args or at_full_length) else ()
 
 
 def _train_all(commands, device):
@@ -132,9 +138,12 @@ def _keep_flags(folder, given):
     files.write_json(path, given)
 
 
-def _is_complete(folder):
-    """Tell whether a run is finished and has left what tables and figures need."""
-    return is_finished(folder) and all((folder / name).exists() for name in ("losses.csv", "model.pt"))
+def _is_complete(folder, changes):
+    """Tell whether a run is finished, has left what tables and figures need, and had these hyperparameters."""
+    if not (is_finished(folder) and all((folder / name).exists() for name in ("losses.csv", "model.pt"))):
+        return False
+    theirs = json.loads((folder / "config.json").read_text())["hyperparameters"]
+    return all(theirs.get(name) == json.loads(json.dumps(value)) for name, value in changes.items())
 
 
 def table(folders):

@@ -73,5 +73,5 @@ def headline(names, metrics, reported):
         ours, other = metrics[name], theirs.get(name, {})
         # Other pixels are on another scale.
         compares = all(other.get(key) == ours.get(key) for key in ("unit", "binarization", "pixels"))
-        beside = f" (reported: {other['value']:.4g})" if compares else ""
-        yield f"{name} {ours['value']:.4g} {ours['unit']}{beside}"
+        beside = f"reported {other['value']:.4g}; " if compares else ""
+        yield f"{name.replace('_', ' ')}: {ours['value']:.4g} ({beside}{ours['unit']})"

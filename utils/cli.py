@@ -137,6 +137,10 @@ def main(
     if conditional_step:
         own.add_argument("--conditional", action="store_true", help="train the class-conditional network")
     common = vars(parser.parse_args([]))
+    if conditional_step:
+        own.add_argument(
+            "--digit", type=int, choices=range(10), metavar="D", help="for samples_digit.png (3)"
+        )
     if add_flags:
         add_flags(own)
     own_defaults = {name: value for name, value in vars(parser.parse_args([])).items() if name not in common}
@@ -145,13 +149,13 @@ def main(
         args = parser.parse_args(argv or [])
         args.command = " ".join([Path(script).name, *(argv or [])])
         options, preset = choose_options(parser, args, specs, variants)
+        if conditional_step and args.digit is not None and not args.conditional:
+            parser.error("--digit needs --conditional: the other network is not told a digit")
         name = conditional_step if conditional_step and args.conditional else step
         parts = differences(args, options, preset, own_defaults)
         if args.ablation or args.seeds:
             if parallel.launched():
-                raise UserError(
-                    "several runs use all cores by themselves: start with python, not with torchrun"
-                )
+                raise UserError("several runs use all cores: start with python, not with torchrun")
             folder = args.out_dir or _folder_of_several(name, args, parts)
             given = _flags_of_each_run(argv or [])
             folders = ablation.run_all(script, folder, args, variants, given, **ablation_options)

@@ -16,6 +16,7 @@ NUM_DRAWS = 5  # of stochastic pixels, in the final metrics
 NUM_PIXELS = 28 * 28
 HEADLINE = ("test_nll", "train_nll", "recognised")  # printed at the end
 COLUMNS = 10  # samples in a row of a figure
+DIGIT = 3  # in samples_digit.png, unless --digit names another
 NUM_COMPARED = 25  # images of each kind in comparison.png
 SURE = 0.9  # smallest probability of its class that leaves an image there without a frame
 NUM_PROBED = 1000  # test images over which the receptive field is measured
@@ -112,8 +113,9 @@ def draw_samples(run, network, test_set, unconditional=None):
     run.draw("drawing.gif", draw_drawing, network, samples[:: max(1, len(samples) // COLUMNS)][:COLUMNS])
     if not conditional:
         return
-    chosen = network.sample(torch.full((count,), run.args.digit), noise)
-    title = f"samples of the digit {run.args.digit}"
+    digit = DIGIT if run.args.digit is None else run.args.digit
+    chosen = network.sample(torch.full((count,), digit), noise)
+    title = f"samples of the digit {digit}"
     run.draw("samples_digit.png", plotting.save_images, chosen, COLUMNS, title=title)
     grids = {"real": real[:NUM_COMPARED]}
     if unconditional is not None:

@@ -98,6 +98,7 @@ class Run:
         may_replace = self.args.restart or self.args.dry_run or checkpoint.is_finished(self.folder)
         if self.args.resume:
             self._restore(path)
+            machine.say(f"resuming in epoch {self._epoch + 1}")
         elif path.exists() and not may_replace:
             raise UserError(
                 f"{self.folder} holds an unfinished run: --resume goes on with it, --restart begins anew over it"
@@ -210,7 +211,9 @@ class Run:
     def print_epoch(self, epoch, values, *words):
         """Print one line about an epoch: the dict of values, then words."""
         shown = [f"{name} {value:.4g}" for name, value in values.items()]
-        machine.say("  ".join([f"{self._title(epoch)} ({self._elapsed():.0f} s)", *shown, *words]))
+        seconds, done = self._elapsed(), self.fraction_done(epoch / self.options["num_epochs"])
+        time_left = f", {seconds * (1 / done - 1) / 60:.0f} min to go" if 0 < done < 1 else ""
+        machine.say("  ".join([f"{self._title(epoch)} ({seconds:.0f} s{time_left})", *shown, *words]))
 
     def save_model(self, network, **arguments):
         """Write model.pt: the weights of the network and the arguments that rebuild it."""

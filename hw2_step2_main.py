@@ -20,11 +20,12 @@ Writes into results/step2_pixelcnn/ or results/step2_conditional_pixelcnn/:
     nll_digits.png       mean NLL of each digit
     receptive_field.png  the pixels that a prediction depends on, and the blind spot
     losses.csv, metrics.json, config.json, model.pt
-and after --ablation: ablation.csv, metrics of all variants
 and with --conditional:
     samples_digit.png    samples of the digit chosen with --digit
     comparison.png       real, unconditional and conditional images side by side
     bayes.png            test digits classified by the most likely label
+and after --ablation:
+    ablation.csv         metrics of all variants
 """
 
 import math

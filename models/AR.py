@@ -188,4 +188,4 @@ class ConditionalPixelCNN(PixelCNN):
         if labels.dim() != 1:
             raise ValueError("labels must have one class per image, such as [3] for one image of a 3")
         y = F.one_hot(labels.long(), self.num_classes)
-        return draw_images(self, (len(labels), *IMAGE_SHAPE), generator, cached, given, y)
+        return draw_images(self, (len(labels), *IMAGE_SHAPE), generator, cached, given, (y,))

@@ -10,22 +10,23 @@ from torch.nn import functional as F
 
 
 @torch.no_grad()
-def draw_images(network, shape, generator=None, cached=True, given=None, *y):
+def draw_images(network, shape, generator=None, cached=True, given=None, y=()):
     """Draw images in {0, 1} of `shape` (N, 1, H, W) from a `PixelCNN` in eval mode; see its method `sample`.
 
-    `y` holds the one-hot labels, (N, num_classes), if the network takes them.
+    `y` is (one-hot labels (N, num_classes),) if the network takes them, else empty.
     """
     generator = generator or torch.Generator().manual_seed(0)
     # Bernoulli(p) is 1 where a uniform number u is below p, so where logit(u) is below the logit of p.
     thresholds = torch.rand(shape, generator=generator).logit()
     images = next(network.parameters()).new_zeros(shape)
-    given = images[:, :, :0] if given is None else given
-    images[:, :, : given.shape[2]] = given
+    rows_given = 0 if given is None else given.shape[2]
+    if rows_given:
+        images[:, :, :rows_given] = given
     draw = _draw_with_cache if cached else _draw_plainly
     was_training = network.training
     network.eval()
     try:
-        draw(network, images, thresholds.to(images), given.shape[2], y)
+        draw(network, images, thresholds.to(images), rows_given, y)
     finally:
         network.train(was_training)
     return images
@@ -47,6 +48,7 @@ def _draw_with_cache(network, images, thresholds, rows_given, y):
         for cache in caches.values():
             cache.start_row()
         for column in range(width):
+            # The index of one pixel that keeps the dimensions of height and width.
             here = (..., slice(row, row + 1), slice(column, column + 1))
             logits = network.logits(images[here], lambda layer, h: caches[layer].convolve(h), position[here])
             if row >= rows_given:
@@ -70,6 +72,7 @@ class LayerCache:
         weight = layer.visible_weight()
         self.weight_above = weight[:, :, :-1]
         columns = self.reach + (layer.mask_type == "B")  # of the centre row that the mask shows
+        # A matrix (columns * in_channels, out_channels), for one product with the inputs to the left.
         self.weight_row = weight[:, :, -1, :columns].permute(2, 1, 0).flatten(0, 1).contiguous()
         padded_width = width + 2 * self.reach
         self.inputs = images.new_zeros(weight.shape[2], num_samples, padded_width * self.channels)

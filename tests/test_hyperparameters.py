@@ -105,7 +105,7 @@ BAD_USAGE = {
         --out-dir= | --data-dir= | --minutes 0 | --minutes soon | --epo 3
     """,
     step2: """
-        --digit 10 | --digit -1 | --digit three | --binarize maybe | --activation swish | --block dense
+        --digit 3 | --digit 10 | --digit -1 | --digit three | --binarize maybe | --activation swish | --block dense
         --channels 0 | --kernel-size 4 | --first-kernel-size 2 | --dropout 1 | --muon-rate never | --num-layers -1
         --no-positional=1 | --precision double | --warm-up 0
     """,
@@ -167,7 +167,6 @@ OWN_VALUES = {
         "--g-learning-rate": RATES,
     },
     "pixelcnn": {
-        "--digit": (list("0379"), ["10", "-1", "three", ""]),
         "--binarize": (["threshold", "stochastic"], ["maybe", "", "none"]),
         "--muon-rate": ([*RATES[0], "none", "None"], RATES[1]),
         "--no-positional": ([None], ["yes"]),
@@ -178,7 +177,10 @@ OWN_VALUES = {
         "--bound-samples": numbers(1, "500"),
     },
 }
-OWN_VALUES["conditional"] = OWN_VALUES["pixelcnn"]
+OWN_VALUES["conditional"] = {
+    **OWN_VALUES["pixelcnn"],
+    "--digit": (list("0379"), ["10", "-1", "three", ""]),
+}
 # Of these at most one.
 MODES = ["--ablation", "--resume", "--restart", "--sample-only", "--list-variants"]
 

@@ -135,7 +135,7 @@ def test_headline_metrics_stand_beside_the_reported_ones(toy_run, monkeypatch, c
     toy_run.finish(("loss", "nll", "other"), **results)
     printed = capsys.readouterr().out
     assert "loss: 2.5 (reported 1.25; nats)\n" in printed and "more" not in printed and "other" not in printed
-    assert "nll 3.5 nats\n" in printed, "other pixels are on another scale"
+    assert "nll: 3.5 (nats)\n" in printed, "other pixels are on another scale"
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -138,9 +138,8 @@ def train_main_loop(
                 relativistic=loss == "relativistic", penalty=weight,
             )  # fmt: skip
             g_loss = None
-            if (
-                run.iteration % d_freq == 0
-            ):  # g_optimizer holds the generator's weights alone, so D stays as it is
+            if run.iteration % d_freq == 0:
+                # g_optimizer holds the generator's weights alone, so D stays as it is.
                 g_loss, _ = train_generator(
                     generator, g_optimizer, discriminator(fake_images), criterion, run.device,
                     saturating=loss == "saturating",

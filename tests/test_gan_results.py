@@ -66,6 +66,7 @@ def test_a_run_warns_and_its_files_make_the_figure_of_an_ablation(
     results = json.loads((tmp_path / "metrics.json").read_text())
     assert {"d_loss", "g_loss", "d_real", "d_fake"} <= results.keys()
     assert results["g_loss"]["formula"] == "-log D(G(z), x)"
+    assert results["d_loss"]["formula"] == "-log D(x, G(z)) - log(1 - D(G(z), x))"
     (tmp_path / "ablation.csv").write_text("variant,seeds\ndefault,1\n")
     folders = {"default": tmp_path, "again": tmp_path}
     gan_results.draw_ablation(tmp_path / "ablation.png", folders, step1.load_model)

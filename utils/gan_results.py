@@ -28,6 +28,7 @@ GENERATOR_LOSSES = {
     "saturating": ("log(1 - D(G(z)))", -math.log(2)),
     "relativistic": ("-log D(G(z), x)", math.log(2)),
 }
+DISCRIMINATOR_LOSSES = {"relativistic": "-log D(x, G(z)) - log(1 - D(G(z), x))"}
 
 
 def find_trouble(generator, d_real, d_fake, dataset="MNIST"):
@@ -157,9 +158,14 @@ def draw_ablation(path, folders, load_model):
 
 def write_metrics(run, generator, images):
     """Write metrics.json: the quality of samples, and means over the last epoch. A GAN has no likelihood."""
+    loss = run.options["loss"]
     descriptions = dict(
-        d_loss=("nats", "-log D(x) - log(1 - D(G(z)))", DISCRIMINATOR_OPTIMUM),
-        g_loss=("nats", *GENERATOR_LOSSES[run.options["loss"]]),
+        d_loss=(
+            "nats",
+            DISCRIMINATOR_LOSSES.get(loss, "-log D(x) - log(1 - D(G(z)))"),
+            DISCRIMINATOR_OPTIMUM,
+        ),
+        g_loss=("nats", *GENERATOR_LOSSES[loss]),
         d_real=("probability", "D(x)", 0.5),
         d_fake=("probability", "D(G(z))", 0.5),
     )

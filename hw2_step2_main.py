@@ -142,15 +142,15 @@ def split_parameters(network):
 def log_epoch(run, network, train_set, test_set, epoch):
     """Add a row to losses.csv and print it: the mean over the epoch, then the NLL of as many training as test images.
 
-    The evaluation has the precision of the training, which saves time.
+    Before the training the test images alone are measured. The evaluation has the precision of the training.
     """
-    row = dict(batch_nll=run.means().get("batch_nll"))
+    sets = {"train": train_set, "test": test_set} if epoch else {"test": test_set}
+    row, count = dict(batch_nll=run.means().get("batch_nll"), train_nll=None), len(test_set[0])
     with run.autocast(run.options["precision"]):
-        for name, (images, labels) in (("train", train_set), ("test", test_set)):
-            count = len(test_set[0])
+        for name, (images, labels) in sets.items():
             row[f"{name}_nll"] = evaluate(network, images[:count], labels[:count], run.options["binarize"])
     run.log(epoch=epoch, **row, test_bits=bits_per_pixel(row["test_nll"]))
-    run.print_epoch(epoch, {"train NLL": row["train_nll"], "test NLL": row["test_nll"]}, "nats per image")
+    run.print_epoch(epoch, {f"{name} NLL": row[f"{name}_nll"] for name in sets}, "nats per image")
 
 
 def build_network(conditional, **architecture):

@@ -92,7 +92,7 @@ def sample_evenly(network, count, generator):
 
 def draw_losses(path, history, how):
     """Draw the NLL over the epochs. The much higher value before the training stands in the legend."""
-    curves = {"training images": [None, *history["train_nll"][1:]]}
+    curves = {"training images": history["train_nll"]}
     before, *after = history["test_nll"]
     curves[f"test images ({before:.0f} before training)"] = [None, *after]
     plotting.save_curves(path, history["epoch"], [(f"NLL, {how} pixels\n(nats per image)", curves, {})])

@@ -65,7 +65,7 @@ VARIANTS = {
         "is a relativistic loss with R1 and R2 (Huang et al. 2024, arXiv 2501.05441) better?",
         dict(loss="relativistic"),
     ),
-    "saturating": ("does the generator's side of Eq. 1 as it stands train at all?", dict(loss="saturating")),
+    "saturating": ("does the generator's loss log(1 - D(G(z))) train at all?", dict(loss="saturating")),
     "public": (
         "how good is a public solution's configuration?",
         dict(

@@ -10,13 +10,15 @@ The report names its numbers and never spells them out. A name is the folder of 
     \val{step2_pixelcnn.losses.1.test_nll}{1}      losses.csv: a column's mean over the rows of epoch 1 (or `last`)
     \val{classifier.floors.none.parzen}{1}         another JSON file of the folder
     \val{step1_gan.ablation.default.parzen_mean}{1}  another table of the folder: row, column
+    \err{step2_pixelcnn.test_nll}{2}               a metric $\pm$ its standard error, where the run has one; 100* may
+                                                   stand before the name, for per cent
     \calc{[step1_gan.wall_time] / 60}{0}           arithmetic with such names; FUNCTIONS are known as well
     \run{step1_gan}                                seed, epochs, time and hardware
     \ablation{step1_gan}{reason, parzen:1:max, wall_time/60:0}
                                                    a row for each variant: its reason, or its change, and mean and
                                                    standard deviation of metrics with so many decimals, in bold the
-                                                   best and those within twice its standard deviation, which a table of
-                                                   one seed does not have
+                                                   best and all that do not differ from it by more than twice the
+                                                   standard error of the difference
     \source{models/VAE.py}{kl_divergence}          a function or class of the project, as a listing
 
 Only the standard library is needed. What a name does not lead to stops the build and is named, with its place.
@@ -33,7 +35,7 @@ from pathlib import Path
 
 REPORT = Path(__file__).resolve().parent
 ROOT = REPORT.parent
-COMMANDS = {"val": 2, "calc": 2, "run": 1, "ablation": 2, "source": 2}
+COMMANDS = {"val": 2, "err": 2, "calc": 2, "run": 1, "ablation": 2, "source": 2}
 
 
 def dense(*widths):
@@ -137,6 +139,16 @@ def val(name, decimals, root=ROOT):
     return written(look_up(name, root), decimals)
 
 
+def err(name, decimals, root=ROOT):
+    name, scale = (name[4:], 100) if name.startswith("100*") else (name, 1)
+    text = written(scale * look_up(name, root), decimals)
+    try:
+        error = look_up(f"{name}.standard_error", root)
+    except Missing:  # an older run
+        return text
+    return rf"{text} \ensuremath{{\pm}} {written(scale * error, decimals)}"
+
+
 def calc(expression, decimals, root=ROOT):
     def value(match):
         found = look_up(match[1], root)
@@ -221,13 +233,14 @@ def _statistics(table, path, metric, operator, factor, decimals, best):
     try:
         means = [scale * float(row[f"{metric}_mean"]) for row in table.values()]
         spreads = [scale * float(row[f"{metric}_std"] or "nan") for row in table.values()]
+        errors = [spread / float(row["seeds"]) ** 0.5 for spread, row in zip(spreads, table.values())]
     except (KeyError, ValueError):
         raise Missing(f"{path} has no {metric!r} for every variant") from None
     texts = []
     first = means.index({"min": min, "max": max}.get(best, max)(means))
-    for mean, spread in zip(means, spreads):
+    for mean, spread, error in zip(means, spreads, errors):
         text = f"{mean:.{decimals}f}" + ("" if math.isnan(spread) else rf" \pm {spread:.{decimals}f}")
-        close = mean == means[first] or abs(mean - means[first]) <= 2 * spreads[first]
+        close = mean == means[first] or abs(mean - means[first]) <= 2 * math.hypot(error, errors[first])
         texts.append(rf"$\mathbf{{{text}}}$" if best and close else f"${text}$")
     return texts
 
@@ -298,7 +311,7 @@ def _lines(path, text, off):
                 yield from _lines(other, re.sub(r"(?<!\\)%.*", "", other.read_text()), off)
 
 
-CALL = re.compile(r"\\(val|calc|run|ablation|source)\{([^{}]*)\}(?:\{([^{}]*)\})?")
+CALL = re.compile(r"\\(val|err|calc|run|ablation|source)\{([^{}]*)\}(?:\{([^{}]*)\})?")
 
 
 def definitions(path, root=ROOT):

@@ -145,7 +145,8 @@ def root(tmp_path):
     run = tmp_path / "results" / "step9_toy"
     run.mkdir(parents=True)
     entry = dict(value=-1234.5678, unit="nats", floor=0.25)
-    (run / "metrics.json").write_text(json.dumps({"nll": entry, "wall_time": dict(value=90.0)}))
+    share = dict(value=0.5, standard_error=0.0123)
+    (run / "metrics.json").write_text(json.dumps(dict(nll=entry, wall_time=dict(value=90.0), share=share)))
     options = dict(num_epochs=2, learning_rate=4e-4, channels=[3, 2])
     config = dict(seed=7, hardware="CPU_1 100%", minutes=None, hyperparameters=options)
     (run / "config.json").write_text(json.dumps(config))
@@ -173,6 +174,9 @@ def root(tmp_path):
         (r"\val{step9_toy.losses.last.loss}{1}", "1.0"),
         (r"\val{step9_toy.ablation.wide-1.5.nll_mean}{1}", "9.3"),
         (r"\val{step9_toy.ablation_dropped.worse-2.0.nll_mean}{1}", "11.0"),
+        (r"\err{step9_toy.share}{2}", r"0.50 \ensuremath{\pm} 0.01"),
+        (r"\err{100*step9_toy.share}{1}", r"50.0 \ensuremath{\pm} 1.2"),
+        (r"\err{step9_toy.nll}{0}", r"\ensuremath{-}1{,}235"),
         (r"\calc{2 * [step9_toy.nll.floor] + log(1)}{2}", "0.50"),
         (r"\calc{dense(4, *[step9_toy.channels])}{0}", "23"),
         (r"\calc{masked('A', 1, 2, 3) + masked('B', 2, 1, 3)}{0}", "21"),
@@ -203,6 +207,7 @@ def test_a_changed_value_changes_the_report(numbers, root):
         (r"\val{step9_toy.losses.1.gain}{1}", "'gain'"),
         (r"\val{step9_toy.seeds.default.nll_mean}{1}", "seeds.csv"),
         (r"\val{step9_toy.ablation.other.nll_mean}{1}", "'other'"),
+        (r"\err{step9_toy.ell}{1}", "'ell'"),
         (r"\calc{[step9_toy.ell] + 1}{1}", "'ell'"),
         (r"\calc{[step9_toy.nll.unit] + 1}{1}", "nats"),
         (r"\run{step8_toy}", "step8_toy"),
@@ -225,7 +230,7 @@ def test_the_build_stops_at_a_missing_run(numbers, root, monkeypatch):
 
 
 def test_ablation_table(numbers, root):
-    """The best, and what is within twice its spread, in bold; the script with the reasons is not run."""
+    """The best and what does not differ from it are bold; the script with the reasons is not run."""
     rows = numbers.ablation("step9_toy", "reason, change, nll:1:min, nll/2:0", root).splitlines()
     assert rows == [
         r"\texttt{default} & the reported settings &  & $10.0 \pm 1.0$ & $5 \pm 0$ \\",

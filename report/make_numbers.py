@@ -12,6 +12,7 @@ The report names its numbers and never spells them out. A name is the folder of 
     \val{step1_gan.ablation.default.parzen_mean}{1}  another table of the folder: row, column
     \err{step2_pixelcnn.test_nll}{2}               a metric $\pm$ its standard error, where the run has one; 100* may
                                                    stand before the name, for per cent
+    \mean{step1_gan.ablation.default.parzen}{1}    mean $\pm$ standard deviation over the seeds
     \calc{[step1_gan.wall_time] / 60}{0}           arithmetic with such names; FUNCTIONS are known as well
     \run{step1_gan}                                seed, epochs, time and hardware
     \ablation{step1_gan}{reason, parzen:1:max, wall_time/60:0}
@@ -35,7 +36,7 @@ from pathlib import Path
 
 REPORT = Path(__file__).resolve().parent
 ROOT = REPORT.parent
-COMMANDS = {"val": 2, "err": 2, "calc": 2, "run": 1, "ablation": 2, "source": 2}
+COMMANDS = {"val": 2, "err": 2, "mean": 2, "calc": 2, "run": 1, "ablation": 2, "source": 2}
 
 
 def dense(*widths):
@@ -147,6 +148,11 @@ def err(name, decimals, root=ROOT):
     except Missing:  # an older run
         return text
     return rf"{text} \ensuremath{{\pm}} {written(scale * error, decimals)}"
+
+
+def mean(name, decimals, root=ROOT):
+    parts = [written(look_up(f"{name}_{part}", root), decimals) for part in ("mean", "std")]
+    return r" \ensuremath{\pm} ".join(parts)
 
 
 def calc(expression, decimals, root=ROOT):
@@ -311,7 +317,7 @@ def _lines(path, text, off):
                 yield from _lines(other, re.sub(r"(?<!\\)%.*", "", other.read_text()), off)
 
 
-CALL = re.compile(r"\\(val|err|calc|run|ablation|source)\{([^{}]*)\}(?:\{([^{}]*)\})?")
+CALL = re.compile(r"\\(val|err|mean|calc|run|ablation|source)\{([^{}]*)\}(?:\{([^{}]*)\})?")
 
 
 def definitions(path, root=ROOT):

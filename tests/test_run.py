@@ -125,10 +125,12 @@ def test_count_and_digit_of_samples(call_step, drawn, trained, tmp_path):
 
 
 def test_headline_metrics_stand_beside_the_reported_ones(toy_run, monkeypatch, capsys, tmp_path):
+    """Also where the run replaces the reported one."""
     monkeypatch.setattr(files, "ROOT", tmp_path)
-    (tmp_path / "results" / "toy").mkdir(parents=True)
+    toy_run.folder = tmp_path / "results" / "toy"
+    toy_run.folder.mkdir(parents=True)
     reported = dict.fromkeys(("loss", "nll"), files.metric(1.25, "nats", "formula", pixels="grey"))
-    files.write_json(tmp_path / "results" / "toy" / "metrics.json", reported)
+    files.write_json(toy_run.folder / "metrics.json", reported)
     toy_run.track()
     results = dict(loss=files.metric(2.5, "nats", "formula", pixels="grey"))
     results |= dict(nll=files.metric(3.5, "nats", "formula", pixels="binary"), more=files.metric(3.0, "", ""))

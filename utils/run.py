@@ -239,9 +239,10 @@ class Run:
         metrics["wall_time"] = files.metric(self._seconds, "seconds", what, hardware=hardware)
         speed = self.images_seen / self._seconds
         metrics["speed"] = files.metric(speed, "training images per second", "images seen / wall time")
-        files.write_json(self.folder / "metrics.json", metrics)
         reported = files.ROOT / "results" / self.step if self.args.dataset == DATASETS[0] else None
-        for line in checkpoint.headline(headline, metrics, reported):
+        lines = [*checkpoint.headline(headline, metrics, reported)]  # this run may replace the reported one
+        files.write_json(self.folder / "metrics.json", metrics)
+        for line in lines:
             machine.say(line)
         machine.say(f"results in {self.folder}: {', '.join([*self._drawn, 'metrics.json'])}")
 

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from models.VAE import VAE_model, loss_terms
@@ -104,6 +105,7 @@ def train(
     num_epochs: Annotated[int, "passes over the training images"] = 120,
     batch_size: Annotated[int, "images in a batch"] = 128,
     learning_rate: Annotated[float, "learning rate of Adam, falling to zero along a cosine"] = 3e-3,
+    clip_norm: Annotated[float, "largest norm of the gradient, in nats per image"] = 200.0,
     kl_coeff: Annotated[float, "weight of the KL term; 1 is the ELBO"] = 1.0,
     kl_warm_up: Annotated[Fraction, "share of the training in which that weight rises from zero"] = 0.0,
     binarize: Annotated[
@@ -137,6 +139,8 @@ def train(
             loss = loss_func(model, x, kl_weight(kl_coeff, kl_warm_up, fraction_done))
             optimizer.zero_grad()
             loss.backward()
+            # Now and then one image has a log-variance far above the others, and exp(logvar) a huge gradient.
+            nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
             optimizer.step()
             schedule.step()
             run.record(loss=loss)

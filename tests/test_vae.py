@@ -252,6 +252,22 @@ def test_training_warms_the_kl_term_up_and_ends_on_undistorted_images(
     assert distorted == [0.3] * 4
 
 
+def test_the_gradient_is_clipped(call_step, monkeypatch, no_metrics, tmp_path):
+    """Without that, one outlier among the log-variances has ended the default training with an infinite loss."""
+    norms, step = [], torch.optim.Adam.step
+
+    def recorded_step(self, *arguments):
+        gradients = [parameter.grad for group in self.param_groups for parameter in group["params"]]
+        norms.append(torch.cat([each.flatten() for each in gradients]).norm().item())
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", recorded_step)
+    flags = ["--clip-norm", 0.5, "--batch-size", 8, *children.FLAGS["vae"]]
+    done = call_step(step3, "--dry-run", *flags, "--out-dir", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert norms == [pytest.approx(0.5, rel=1e-3)] * 6
+
+
 def test_minutes_limit_the_training(call_step, no_metrics, tmp_path):
     """On few images, there are many short epochs until the time is over. The learning rate falls with the time."""
     minutes = 0.03

@@ -18,8 +18,8 @@ The report names its numbers and never spells them out. A name is the folder of 
     \ablation{step1_gan}{reason, parzen:1:max, wall_time/60:0}
                                                    a row for each variant: its reason, or its change, and mean and
                                                    standard deviation of metrics with so many decimals, in bold the
-                                                   best and all that do not differ from it by more than twice the
-                                                   standard error of the difference
+                                                   best and those that would not differ from it if they had its
+                                                   standard error (so that noise makes nothing bold)
     \source{models/VAE.py}{kl_divergence}          a function or class of the project, as a listing
 
 Only the standard library is needed. What a name does not lead to stops the build and is named, with its place.
@@ -239,14 +239,14 @@ def _statistics(table, path, metric, operator, factor, decimals, best):
     try:
         means = [scale * float(row[f"{metric}_mean"]) for row in table.values()]
         spreads = [scale * float(row[f"{metric}_std"] or "nan") for row in table.values()]
-        errors = [spread / float(row["seeds"]) ** 0.5 for spread, row in zip(spreads, table.values())]
     except (KeyError, ValueError):
         raise Missing(f"{path} has no {metric!r} for every variant") from None
     texts = []
     first = means.index({"min": min, "max": max}.get(best, max)(means))
-    for mean, spread, error in zip(means, spreads, errors):
+    error = spreads[first] / float([*table.values()][first]["seeds"]) ** 0.5
+    for mean, spread in zip(means, spreads):
         text = f"{mean:.{decimals}f}" + ("" if math.isnan(spread) else rf" \pm {spread:.{decimals}f}")
-        close = mean == means[first] or abs(mean - means[first]) <= 2 * math.hypot(error, errors[first])
+        close = mean == means[first] or abs(mean - means[first]) <= 2 * 2**0.5 * error
         texts.append(rf"$\mathbf{{{text}}}$" if best and close else f"${text}$")
     return texts
 

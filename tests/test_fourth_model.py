@@ -125,6 +125,7 @@ def test_it_is_interrupted_and_resumed_bit_for_bit(import_step, call_step, monke
     whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert whole.keys() == cut.keys() and all(torch.equal(whole[name], cut[name]) for name in whole)
     assert (tmp_path / "whole/losses.csv").read_text() == (tmp_path / "cut/losses.csv").read_text()
+    assert "--resume" not in json.loads((tmp_path / "cut" / "config.json").read_text())["command"]
 
 
 def test_it_is_sampled_and_ablated(import_step, call_step, call_here, monkeypatch, tmp_path):

@@ -57,6 +57,24 @@ def test_a_conditional_network_as_a_classifier_and_as_a_mixture(monkeypatch):
     assert drawn == [("bayes.png", [4, 2, 9], [4, 2, 2])]
 
 
+def test_how_often_the_classifier_is_unsure_and_sees_the_digit_that_was_asked_for(monkeypatch):
+    """Of two samples of each digit one 3 is taken for a 5. It is sure of the others but for the first fifth."""
+
+    def probabilities(images, dataset):
+        digits = torch.arange(len(images)) % 10
+        digits[13:14] = 5
+        largest = torch.where(torch.arange(len(images)) < len(images) / 5, 0.6, 0.95)
+        return nn.functional.one_hot(digits, 10) * largest[:, None]
+
+    monkeypatch.setattr(results.metrics, "probabilities", probabilities)
+    samples, real = torch.zeros(20, 1, 28, 28), torch.zeros(10, 1, 28, 28)
+    entries = results.classifier_metrics(samples, real, True, "MNIST")
+    assert entries["unsure"]["value"] == 4 / 20 and entries["unsure"]["floor"] == 2 / 10
+    assert entries["recognised"]["value"] == 19 / 20
+    assert entries["recognised"]["by_digit"] == [1, 1, 1, 0.5, 1, 1, 1, 1, 1, 1]
+    assert results.classifier_metrics(samples, real, False, "MNIST").keys() == {"unsure"}
+
+
 def test_receptive_field_is_a_mean_over_batches_of_any_size():
     network, x, labels = conditional_network(), torch.rand(5, 1, 28, 28), torch.arange(5)
     whole = results.receptive_field(network, x, labels, (14, 3))

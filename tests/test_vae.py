@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -300,4 +301,19 @@ def test_three_latent_dimensions_have_every_figure_and_labelled_metrics(call_ste
             assert entry["draws"] == vae_results.NUM_DRAWS and entry["standard_error"] >= 0
     assert results["test_bound"]["samples"] == 2 and results["test_negative_elbo"]["standard_error"] > 0
     assert results["active_units"]["unit"] == "latent dimensions of 3" and "test_nll" not in results
-    assert {"neighbour_accuracy", "neighbour_accuracy_pixels", "frechet_distance"} <= results.keys()
+    accuracies = ("neighbour_accuracy", "neighbour_accuracy_pixels", "reconstruction_accuracy")
+    assert {*accuracies, "frechet_distance"} <= results.keys()
+
+
+def test_reconstructions_that_keep_the_digit(monkeypatch):
+    """A decoder that returns its input, here the image itself as a code, keeps nearly all digits; a blank one few."""
+    (train_images, train_labels), (images, labels) = load_data(ROOT / "data")
+    sets = (train_images[:200], train_labels[:200]), (images[:200], labels[:200])
+    monkeypatch.setattr(vae_results, "posterior_means", lambda model, images: images.flatten(1) / 255)
+    shares = []
+    for decode in (lambda z: z, torch.zeros_like):
+        results = vae_results.representation_metrics(
+            SimpleNamespace(decode=decode, z_size=784), *sets, thorough=False, dataset="MNIST", sizes={}
+        )
+        shares.append(results["reconstruction_accuracy"]["value"])
+    assert shares[0] > 0.95 and shares[1] < 0.3

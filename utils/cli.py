@@ -147,7 +147,7 @@ def main(
 
     def work():
         args = parser.parse_args(argv or [])
-        args.command = " ".join([Path(script).name, *(argv or [])])
+        args.command = _command(script, argv or [])
         options, preset = choose_options(parser, args, specs, variants)
         if conditional_step and args.digit is not None and not args.conditional:
             parser.error("--digit needs --conditional: the other network is not told a digit")
@@ -216,6 +216,11 @@ def _folder_of_several(step, args, parts):
     if args.ablation:
         return default_folder(step, None, ["ablation", *parts] if parts or args.variant else [])
     return default_folder(step, args.variant, parts)
+
+
+def _command(script, argv):
+    """Return the command line as text, the same for a run that was interrupted."""
+    return " ".join([Path(script).name, *(each for each in argv if each not in ("--resume", "--restart"))])
 
 
 def _flags_of_each_run(argv):

@@ -188,11 +188,26 @@ def write_metrics(run, network, train_set, test_set):
         results |= label_metrics(run, network, x, labels, protocol)
     samples, quality = metrics.judge_sampler(run, partial(sample_evenly, network), how)
     results |= quality
-    if conditional and metrics.load_classifier(dataset=run.args.dataset):
-        recognised = metrics.classify(samples, run.args.dataset) == torch.arange(len(samples)) % NUM_CLASSES
-        what = "the digit classifier sees the digit that was asked for"
-        results["recognised"] = files.metric(recognised, "share of samples", what, samples=len(samples))
+    if metrics.load_classifier(dataset=run.args.dataset):
+        results |= classifier_metrics(samples, x, conditional, run.args.dataset)
     run.finish(HEADLINE, **results)
+
+
+def classifier_metrics(samples, real, conditional, dataset):
+    """Return how often the digit classifier is unsure, and how often it sees the digit of `sample_evenly`."""
+    unsure, unsure_real = (metrics.probabilities(x, dataset).max(1).values < SURE for x in (samples, real))
+    what, more = (
+        f"the digit classifier gives no digit a probability of {SURE:.0%}",
+        dict(samples=len(samples)),
+    )
+    floor = unsure_real.double().mean().item()
+    results = dict(unsure=files.metric(unsure, "share of samples", what, floor=floor, **more))
+    if conditional:
+        recognised = metrics.classify(samples, dataset) == torch.arange(len(samples)) % NUM_CLASSES
+        more["by_digit"] = recognised.reshape(-1, NUM_CLASSES).double().mean(0).tolist()
+        what = "the digit classifier sees the digit that was asked for"
+        results["recognised"] = files.metric(recognised, "share of samples", what, **more)
+    return results
 
 
 def nll_of_draws(network, images, labels, how):

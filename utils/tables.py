@@ -24,10 +24,10 @@ SCRIPTS = {"step1": step1, "step2": step2, "step3": step3}
 # The columns of the results and of the ablations, which are ranked by their first metric.
 COLUMNS = {
     "step1": "frechet_distance classifier_score precision recall largest_share parzen",
-    "step2": "binarize num_epochs test_nll train_nll mixture_nll bayes_accuracy recognised frechet_distance "
+    "step2": "binarize num_epochs test_nll train_nll mixture_nll bayes_accuracy recognised unsure frechet_distance "
     "classifier_score",
     "step3": "latent_dim num_epochs test_negative_elbo test_bound test_nll test_negative_elbo_grey test_kl "
-    "active_units neighbour_accuracy frechet_distance",
+    "active_units neighbour_accuracy reconstruction_accuracy frechet_distance",
     "classifier": "accuracy_none accuracy_threshold accuracy_stochastic",
 }
 HEADINGS = dict(

@@ -50,13 +50,18 @@ def posterior_means(model, images):
 
 
 @torch.no_grad()
+def decode_images(model, z):
+    """Decode z (N, z_size) to images (N, 1, 28, 28) in [0, 1]."""
+    return torch.cat([model.decode(some) for some in z.split(CHUNK)]).reshape(-1, 1, 28, 28)
+
+
 def decode_plane(model, side):
     """Decode a grid of quantiles of the prior, (side^2, 1, 28, 28): z_1 to the right, z_2 upwards, further z_j = 0."""
     quantiles = plotting.gaussian_quantiles(side)
     z = torch.zeros(side * side, model.z_size)
     z[:, 0] = quantiles.repeat(side)
     z[:, 1] = quantiles.flip(0).repeat_interleave(side)
-    return model.decode(z.to(next(model.parameters()))).reshape(-1, 1, 28, 28)
+    return decode_images(model, z.to(next(model.parameters())))
 
 
 def draw_losses(path, history):
@@ -89,8 +94,7 @@ def draw_latent_plane(path, model, side):
 def draw_figures(run, model, images, labels):
     """Draw the figures of reconstructions and of the latent space; images (N, 1, 28, 28) are uint8 test images."""
     means = posterior_means(model, images)
-    with torch.no_grad():
-        decoded = torch.cat([model.decode(mean) for mean in means.split(CHUNK)]).reshape(images.shape)
+    decoded = decode_images(model, means)
     x = to_unit(images)
     rows = torch.stack([each[: 2 * COLUMNS].unflatten(0, (2, COLUMNS)) for each in (x, decoded)], 1)
     names = ["original", "reconstruction"] * 2
@@ -182,7 +186,7 @@ def write_metrics(run, model, train_set, test_set):
         with machine.seeded(run.device):
             results |= bounds(run, model, test_set[0], how, sizes)
     machine.say("nearest neighbours, and the quality of samples")
-    results |= representation_metrics(model, train_set, test_set, thorough, sizes)
+    results |= representation_metrics(model, train_set, test_set, thorough, run.args.dataset, sizes)
     results |= metrics.judge_sampler(run, model.sample)[1]
     run.finish(HEADLINE, **results)
 
@@ -222,8 +226,8 @@ def bounds(run, model, images, how, sizes):
     }
 
 
-def representation_metrics(model, train_set, test_set, thorough, sizes):
-    """Return what the posterior means tell: latent dimensions in use, and the nearest neighbour's label."""
+def representation_metrics(model, train_set, test_set, thorough, dataset, sizes):
+    """Return what the posterior means keep: latent dimensions in use, the label by nearest neighbour and classifier."""
     (train_images, train_labels), (images, labels) = train_set, test_set
     means, train_means = posterior_means(model, images), posterior_means(model, train_images)
     unit = f"latent dimensions of {model.z_size}"
@@ -238,4 +242,8 @@ def representation_metrics(model, train_set, test_set, thorough, sizes):
         results[f"neighbour_accuracy{suffix}"] = files.metric(
             correct, "share of test images", formula, **sizes
         )
+    if metrics.load_classifier(dataset=dataset):
+        correct = metrics.classify(decode_images(model, means), dataset) == labels.cpu()
+        formula = "the digit classifier sees the label in the image decoded from the posterior mean"
+        results["reconstruction_accuracy"] = files.metric(correct, "share of test images", formula, **sizes)
     return results

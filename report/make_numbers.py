@@ -17,9 +17,9 @@ The report names its numbers and never spells them out. A name is the folder of 
     \run{step1_gan}                                seed, epochs, time and hardware
     \ablation{step1_gan}{reason, parzen:1:max, wall_time/60:0}
                                                    a row for each variant: its reason, or its change, and mean and
-                                                   standard deviation of metrics with so many decimals, in bold the
-                                                   best and those that would not differ from it if they had its
-                                                   standard error (so that noise makes nothing bold)
+                                                   standard deviation of metrics with so many decimals. Bold are
+                                                   the best, and those that would not differ from it with its own
+                                                   standard error. So noise makes nothing bold.
     \source{models/VAE.py}{kl_divergence}          a function or class of the project, as a listing
 
 Only the standard library is needed. What a name does not lead to stops the build and is named, with its place.

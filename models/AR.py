@@ -77,26 +77,28 @@ class ConditionalMaskedConv2d(MaskedConv2d):
 class PixelCNN(nn.Module):
     """Stack of masked convolutions that gives the logit of every pixel, given the pixels before it.
 
-    A type-A layer, type-B layers, and a head of two 1 x 1 layers. A 'plain' type-B layer replaces its input h
-    by layer(h). A 'residual' one adds layer(h) to h. A 'gated' one adds a * sigmoid(b), where a and b are the
-    halves of layer(h) (2016b, Eq. 2, without tanh). An argument out of its range raises ValueError.
+    A type-A layer, blocks of type-B layers, and a head of two 1 x 1 layers. A block is a k x k layer and a 1 x 1
+    layer, much as in 2016a, fig. 5. A 'plain' block replaces its input h by block(h). A 'residual' one adds
+    block(h) to h. A 'gated' one adds a * sigmoid(b), where a and b are the halves of block(h) (2016b, Eq. 2,
+    without tanh). An argument out of its range raises ValueError.
     """
 
     def __init__(
         self,
         *,
-        num_layers: Annotated[int, "type-B layers between the type-A layer and the head"] = 8,
-        channels: Annotated[int, "feature maps of each of them"] = 32,
+        num_blocks: Annotated[int, "blocks between the type-A layer and the head"] = 8,
+        channels: Annotated[int, "feature maps of each layer but the head"] = 32,
         first_kernel_size: Annotated[int, "kernel size of the type-A layer, odd"] = 27,
-        kernel_size: Annotated[int, "kernel size of the type-B layers, odd"] = 7,
+        kernel_size: Annotated[int, "kernel size of the blocks, odd"] = 5,
         head_channels: Annotated[int, "feature maps between the two 1 x 1 layers of the head"] = 64,
         activation: Annotated[Activation, "nonlinearity before each layer but the first"] = "hardswish",
-        block: Annotated[Block, "how a type-B layer changes the features"] = "residual",
-        dropout: Annotated[float, "probability of dropping a feature before a type-B layer"] = 0.0,
+        pointwise: Annotated[bool, "end each block with a 1 x 1 layer"] = True,
+        block: Annotated[Block, "how a block changes the features"] = "residual",
+        dropout: Annotated[float, "probability of dropping a feature before a layer of a block"] = 0.0,
         positional: Annotated[bool, "add a learned vector for each position"] = True,
     ):
-        if num_layers < 0:
-            raise ValueError(f"num_layers must be at least 0, not {num_layers}")
+        if num_blocks < 0:
+            raise ValueError(f"num_blocks must be at least 0, not {num_blocks}")
         if min(channels, head_channels) < 1:
             raise ValueError(f"channels, head_channels must be at least 1, not {channels}, {head_channels}")
         for name, size in (("first_kernel_size", first_kernel_size), ("kernel_size", kernel_size)):
@@ -113,8 +115,11 @@ class PixelCNN(nn.Module):
         self.first = self.masked_layer("A", 1, channels, first_kernel_size)
         self.position = nn.Parameter(torch.zeros(channels, *IMAGE_SHAPE[1:])) if positional else None
         outputs = 2 * channels if block == "gated" else channels
+        sizes = [(channels, channels, kernel_size), (channels, outputs, 1)]  # of the layers of a block
+        if not pointwise:
+            sizes = [(channels, outputs, kernel_size)]
         self.blocks = nn.ModuleList(
-            self.masked_layer("B", channels, outputs, kernel_size) for _ in range(num_layers)
+            nn.ModuleList(self.masked_layer("B", *each) for each in sizes) for _ in range(num_blocks)
         )
         self.head = nn.ModuleList(
             [self.masked_layer("B", channels, head_channels, 1), self.masked_layer("B", head_channels, 1, 1)]
@@ -135,8 +140,10 @@ class PixelCNN(nn.Module):
         """
         h = convolve(self.first, x)
         h = h + position.to(h.dtype)  # h may be bfloat16
-        for layer in self.blocks:
-            update = convolve(layer, F.dropout(self.activation(h), self.dropout, self.training))
+        for layers in self.blocks:
+            update = h
+            for layer in layers:
+                update = convolve(layer, F.dropout(self.activation(update), self.dropout, self.training))
             if self.block == "gated":
                 update = F.glu(update, dim=1)
             h = update if self.block == "plain" else h + update

@@ -30,7 +30,7 @@ from utils.data import load_data
 from utils.run import Run
 
 STEPS = {"gan": step1, "pixelcnn": step2, "conditional": step2, "vae": step3}
-SMALL = dict(num_layers=1, channels=4, first_kernel_size=5, kernel_size=3, head_channels=4)
+SMALL = dict(num_blocks=1, channels=4, first_kernel_size=5, kernel_size=3, head_channels=4)
 _small = "--num-layers 1 --channels 4 --first-kernel-size 5 --kernel-size 3 --head-channels 4".split()
 FLAGS = {
     "gan": ["--g-channels", "8", "--d-channels", "8"],

@@ -15,15 +15,17 @@ from tests.conftest import ROOT
 from utils import pixelcnn_results
 from utils.data import binarize
 
-SMALL = dict(num_layers=2, channels=5, head_channels=7, first_kernel_size=5)
+SMALL = dict(num_blocks=2, channels=5, head_channels=7, first_kernel_size=5)
 ARCHITECTURES = [
     dict(),
-    dict(block="plain", activation="relu", positional=False),
+    dict(block="plain", activation="relu", positional=False, channels=12),
     dict(block="gated", dropout=0.5),
     dict(first_kernel_size=27, activation="gelu"),
-    dict(kernel_size=3, num_layers=3, activation="silu"),
-    dict(kernel_size=5, num_layers=0),
+    dict(kernel_size=3, num_blocks=3, activation="silu"),
+    dict(kernel_size=5, num_blocks=0),
     dict(kernel_size=1, first_kernel_size=1),
+    dict(pointwise=False),
+    dict(pointwise=False, block="gated"),
 ]
 
 
@@ -90,7 +92,7 @@ def test_a_state_dict_with_the_mask_loads_like_one_without():
     networks = [ConditionalPixelCNN(**SMALL) for _ in range(2)]
     saved = networks[0].state_dict()
     saved |= {name: torch.ones_like(mask) for name, mask in networks[0].named_buffers()}
-    assert sum(name.endswith("mask") for name in saved) == 5
+    assert sum(name.endswith("mask") for name in saved) == 7
     networks[1].load_state_dict(saved)
     assert all(map(torch.equal, networks[0].parameters(), networks[1].parameters()))
     with pytest.raises(RuntimeError, match="Unexpected"):
@@ -155,7 +157,7 @@ def test_label_reaches_every_masked_layer():
     assert all(isinstance(module, ConditionalMaskedConv2d) for module in masked)
     y = F.one_hot(torch.tensor([1, 8]), 10)
     network(torch.rand(2, 1, 28, 28), y).square().sum().backward()
-    assert len(masked) == len(network.blocks) + 3
+    assert len(masked) == 2 * len(network.blocks) + 3
     for module in masked:
         assert (module.class_emb.weight.grad[:, [1, 8]] != 0).any()
         assert (module.class_emb.weight.grad[:, [0, 2, 3, 4, 5, 6, 7, 9]] == 0).all()
@@ -189,7 +191,7 @@ def test_every_argument_has_a_help_and_the_defaults_are_those_of_the_reported_ru
 @pytest.mark.parametrize(
     "wrong",
     [
-        dict(num_layers=-1),
+        dict(num_blocks=-1),
         dict(channels=0),
         dict(head_channels=0),
         dict(first_kernel_size=4),
@@ -222,7 +224,7 @@ def test_no_classes_are_refused():
 
 def test_receptive_field_and_its_blind_spot():
     """One 3 x 3 layer of each type sees what the masks show; the rest is the blind spot."""
-    network = build(PixelCNN, num_layers=1, first_kernel_size=3, kernel_size=3, activation="gelu").float()
+    network = build(PixelCNN, num_blocks=1, first_kernel_size=3, kernel_size=3, activation="gelu").float()
     x = torch.rand(8, 1, 28, 28)
     labels = torch.zeros(8).long()
     seen = pixelcnn_results.receptive_field(network, x, labels, (10, 10), batch_size=3) > 0

@@ -133,7 +133,7 @@ def test_pixelcnn(loader):
 
 def test_conditional_pixelcnn(loader):
     """With one-hot labels, it learns the images of each."""
-    model = ConditionalPixelCNN(num_classes=10, num_layers=1, channels=8, kernel_size=3, head_channels=8)
+    model = ConditionalPixelCNN(num_classes=10, num_blocks=1, channels=8, kernel_size=3, head_channels=8)
 
     def arguments(x, labels):
         return x, F.one_hot(labels, num_classes=10).float().to(DEVICE)

@@ -10,7 +10,7 @@ import hw2_step2_main as step2
 from models.AR import MaskedConv2d, PixelCNN
 from utils.muon import Muon, orthogonalise
 
-SMALL = dict(num_layers=2, channels=4, head_channels=6, first_kernel_size=3, kernel_size=3)
+SMALL = dict(num_blocks=2, channels=4, head_channels=6, first_kernel_size=3, kernel_size=3)
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (8, 200), (20, 8)])
@@ -74,7 +74,7 @@ def test_every_parameter_is_in_one_group():
     network, optimizer, _ = small_training(0.02)
     others, kernels = (group["params"] for group in optimizer.param_groups)
     assert sorted(map(id, others + kernels)) == sorted(map(id, network.parameters()))
-    assert set(map(id, kernels)) == {id(layer.weight) for layer in network.blocks}
+    assert set(map(id, kernels)) == {id(layer.weight) for block in network.blocks for layer in block}
     network, optimizer, _ = small_training(None)
     (group,) = optimizer.param_groups
     assert sorted(map(id, group["params"])) == sorted(map(id, network.parameters()))
@@ -95,7 +95,7 @@ def test_other_parameters_are_updated_by_adam():
     expected = small_training(None)[0]
     adam = torch.optim.Adam(expected.parameters(), 3e-3, betas=(0.9, 0.99), fused=True)
     train(expected, adam, LambdaLR(adam, lambda step: 1), num_steps=1)
-    kernels = {f"blocks.{index}.weight" for index in range(2)}
+    kernels = {f"blocks.{block}.{layer}.weight" for block in range(2) for layer in range(2)}
     differ = {
         name
         for name, weight in network.named_parameters()

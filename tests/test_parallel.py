@@ -120,6 +120,6 @@ def test_half_of_the_environment_of_torchrun_is_refused(call_step, monkeypatch, 
 
 
 def test_one_process_needs_no_torchrun():
-    network, x = PixelCNN(num_layers=1, channels=2), torch.rand(5)
+    network, x = PixelCNN(num_blocks=1, channels=2), torch.rand(5)
     assert parallel.wrap(network) is network and parallel.is_first() and parallel.num_processes() == 1
     assert torch.equal(parallel.shard(x)[0], x) and parallel.total([3.0, 0.5]) == [3.0, 0.5]

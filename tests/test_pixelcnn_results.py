@@ -10,7 +10,7 @@ from torch import nn
 from models.AR import ConditionalPixelCNN, PixelCNN
 from utils import pixelcnn_results as results
 
-SMALL = dict(num_layers=2, channels=5, head_channels=7, first_kernel_size=5)
+SMALL = dict(num_blocks=2, channels=5, head_channels=7, first_kernel_size=5)
 
 
 def conditional_network():

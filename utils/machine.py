@@ -30,8 +30,11 @@ def has_bfloat16_units(device):
     """Tell whether the hardware multiplies in bfloat16: GPUs since Ampere, CPUs with AMX or AVX512-BF16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    limited = torch.backends.cpu.get_cpu_capability() == "AVX2"  # perhaps by ATEN_CPU_CAPABILITY
+    if device.type != "cpu" or limited:
+        return False
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch cannot tell
-    return device.type == "cpu" and any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
+    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
 
 
 def autocast(device, precision):
@@ -81,7 +84,7 @@ def keep_freed_memory():
 
 
 def hardware(device):
-    """Return the GPU's name, or the CPU's name with the number of threads in use."""
+    """Return the GPU's name, or the CPU's name with its widest units and the number of threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -89,8 +92,11 @@ def hardware(device):
         cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         cpu = platform.processor() or platform.machine()
+    if device.type != "cpu":
+        return f"{device.type} on {cpu}"
+    units = "bfloat16 units" if has_bfloat16_units(device) else torch.backends.cpu.get_cpu_capability()
     count = torch.get_num_threads()
-    return f"{cpu}, {count} thread{'s' * (count > 1)}" if device.type == "cpu" else f"{device.type} on {cpu}"
+    return f"{cpu} with {units}, {count} thread{'s' * (count > 1)}"
 
 
 def versions():

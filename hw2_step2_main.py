@@ -7,7 +7,7 @@ arXiv 1601.06759). With --conditional the label enters every masked layer (2016b
     python hw2_step2_main.py --conditional                           train the class-conditional network
     python hw2_step2_main.py --minutes 5                             train for five minutes, whatever the machine
     python hw2_step2_main.py --dry-run                               train on a few batches, to look around
-    python hw2_step2_main.py --ablation                              train the variants, five minutes each
+    python hw2_step2_main.py --ablation                              train the variants, three minutes each
     python hw2_step2_main.py --conditional --sample-only --digit 7 --count 20     draw twenty sevens
     torchrun --nproc_per_node=2 hw2_step2_main.py                    share the training between two processes or GPUs
 
@@ -209,7 +209,7 @@ def main(argv=None):
         sample=sample,
         variants=VARIANTS,
         several_processes=True,
-        length=("--minutes", "5"),  # of each run of an ablation
+        length=("--minutes", "3"),  # of each run of an ablation
         num_seeds=(3, 1),  # of the default, and of each variant
         left_out=NOT_COMPARABLE,
     )

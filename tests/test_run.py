@@ -14,7 +14,7 @@ import hw2_step3_main as step3
 from tests import children
 from tests.children import STEPS
 from tests.conftest import ROOT, assert_refused, assert_same_training, content, flags_of
-from utils import cli, files, metrics, theory, vae_results
+from utils import cli, files, machine, metrics, theory, vae_results
 from utils import run as runs
 from utils.figures import STYLE
 from utils.files import UserError
@@ -263,3 +263,15 @@ def test_every_epoch_has_an_order_of_its_own(toy_run):
     for _ in toy_run.epochs(2):
         orders.append(torch.cat([x for (x,) in toy_run.batches(torch.arange(30), batch_size=7)]).tolist())
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(30)) and orders[0] != orders[1]
+
+
+def test_hardware_names_the_units_that_torch_may_use(monkeypatch):
+    """Limited to AVX2, a processor with bfloat16 units trains in single precision and says so."""
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    for limit, units, precise in (("AVX512", "bfloat16 units", False), ("AVX2", "AVX2", True)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda limit=limit: limit)
+        assert f"with {units}, " in machine.hardware(cpu)
+        with machine.autocast(cpu, "auto"):
+            product = torch.ones(1, 1) @ torch.ones(1, 1)
+        assert (product.dtype is torch.float32) == precise

@@ -37,7 +37,7 @@ HEADINGS = dict(
     test_kl="KL (nats)", test_bound="importance bound (nats)", test_negative_elbo_grey="-ELBO, grey pixels",
     accuracy_none="grey", accuracy_threshold="thresholded", accuracy_stochastic="stochastic",
 )  # fmt: skip
-# Folder, model, metric, its name, and what others have published. README has the commands of the first five folders.
+# Folder, model, metric, its name, and what others have published.
 HEADLINES = [
     ("step1_gan", "GAN", "frechet_distance", "Fréchet distance", "none with this classifier"),
     ("step1_gan", "GAN", "classifier_score", "classifier score", "none with this classifier"),
@@ -56,7 +56,11 @@ HEADLINES = [
     ("step3_vae/variants/long-50", "VAE, 50-D", "test_bound", "importance bound",
      "[86.76](https://arxiv.org/abs/1509.00519), 84.78 trained on the bound"),
 ]  # fmt: skip
-NUM_COMMANDS = 5
+# The folders whose commands README has.
+COMMANDS = (
+    "step1_gan", "step2_pixelcnn", "step2_pixelcnn/float32", "step2_conditional_pixelcnn",
+    "step2_pixelcnn/variants/stochastic", "step3_vae",
+)  # fmt: skip
 
 
 def reported_files(root=ROOT):
@@ -74,7 +78,7 @@ def load_runs(root, paths):
     runs = {}
     for path in paths:
         metrics = path.with_name("metrics.json")
-        if path.name == "config.json" and metrics in paths and not {"ablation", "seeds"} & {*path.parts}:
+        if path.name == "config.json" and metrics in paths and not {"ablation", "ablation_dropped", "seeds"} & {*path.parts}:
             run = {**json.loads(path.read_text()), "metrics": json.loads(metrics.read_text())}
             runs[path.parent.relative_to(root / "results").as_posix()] = run
     return runs
@@ -141,9 +145,10 @@ class Tables:
 
     def commands(self):
         rows, first = [], {row[0]: row for row in reversed(HEADLINES)}
-        for folder in [*dict.fromkeys(row[0] for row in HEADLINES)][:NUM_COMMANDS]:
+        for folder in COMMANDS:
             if folder in self._runs:
-                run, (_, _, key, name, _) = self._runs[folder], first[folder]
+                run = self._runs[folder]
+                _, _, key, name, _ = first[folder if folder in first else run["step"]]
                 rows.append((command(run), duration(run), run["hardware"], f"{name}: {cell(run, key)}"))
         return table(["command", "time", "on", "expect"], rows)
 

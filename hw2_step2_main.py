@@ -86,20 +86,22 @@ def train(
         Optional[float], "peak rate of Muon for the kernels; none trains them with Adam"
     ] = 0.02,
     warm_up: Annotated[int, "steps in which the learning rates rise"] = 200,
-    clip_norm: Annotated[float, "largest norm of the gradient, in nats per image"] = 50.0,
+    clip_norm: Annotated[float, "longer gradients are scaled down to this norm"] = 50.0,
     binarize: Annotated[
         Literal["threshold", "stochastic"], "x > 0.5, or a fresh Bernoulli(x) draw"
     ] = "threshold",
     distorted: Annotated[Fraction, "share of training images that are rotated, scaled and sheared"] = 0.0,
-    distorted_until: Annotated[Fraction, "share of the training with distorted images"] = 0.8,
+    distorted_until: Annotated[Fraction, "share of the training after which no image is distorted"] = 0.8,
     precision: Annotated[Literal["auto", "float32", "bfloat16"], "auto: bfloat16 where it is fast"] = "auto",
 ):
     """Minimise the binary cross-entropy, which is the NLL, over uint8 images (N, 1, 28, 28)."""
     train_images, train_labels = train_set
     num_steps = num_epochs * math.ceil(len(train_images) / batch_size)
 
-    def rate_factor(step):  # linear warm-up, then a linear fall to zero
-        return min((step + 1) / warm_up, 1 - run.fraction_done(step / num_steps))
+    def rate_factor(step):
+        linear_rise = (step + 1) / warm_up
+        linear_fall = 1 - run.fraction_done(step / num_steps)  # with --minutes, a fraction of the time
+        return min(linear_rise, linear_fall)
 
     kernels, others = split_parameters(network)
     optimizer = Muon(kernels, others, muon_rate, learning_rate)
@@ -120,7 +122,7 @@ def train(
             x, labels = parallel.shard(x, labels)  # this process's part
             with run.autocast(precision):
                 logits = parallel_network(*inputs(network, x, labels))  # x, or x and one-hot labels
-            # In nats per image. The gradients of n processes are averaged, hence the factor n.
+            # In nats per image. With n processes the gradients are averaged, and the factor n makes that a sum.
             loss = parallel.num_processes() * criterion(logits.float(), x) / len(images)
             optimizer.zero_grad()
             loss.backward()
@@ -134,16 +136,18 @@ def train(
 def split_parameters(network):
     """Return the kernels of the blocks, which are most of the weights, and all other parameters."""
     kernels = [layer.weight for layers in network.blocks for layer in layers]
-    return kernels, [each for each in network.parameters() if all(each is not kernel for kernel in kernels)]
+    chosen = {id(kernel) for kernel in kernels}  # `in kernels` would compare values
+    return kernels, [each for each in network.parameters() if id(each) not in chosen]
 
 
 def log_epoch(run, network, train_set, test_set, epoch):
-    """Add a row to losses.csv and print it: the mean over the epoch, then the NLL of as many training as test images.
+    """Measure the NLL of the test images and of as many training images; add it to losses.csv and print it.
 
     Before the training the test images alone are measured. The evaluation has the precision of the training.
     """
     sets = {"train": train_set, "test": test_set} if epoch else {"test": test_set}
-    row, count = dict(batch_nll=run.means().get("batch_nll"), train_nll=None), len(test_set[0])
+    count = len(test_set[0])
+    row = dict(batch_nll=run.means().get("batch_nll"), train_nll=None)
     with run.autocast(run.options["precision"]):
         for name, (images, labels) in sets.items():
             row[f"{name}_nll"] = evaluate(network, images[:count], labels[:count], run.options["binarize"])

@@ -52,8 +52,6 @@ VARIANTS = {
     "relu": ("does the smooth activation matter?", dict(activation="relu")),
     "first-7": ("does the wide first layer matter?", dict(first_kernel_size=7)),
     "no-position": ("does it help to know where in the image one is?", dict(positional=False)),
-    "distorted": ("do rotated, scaled and sheared training images help?", dict(distorted=0.5)),
-    "dropout": ("does dropout regularise?", dict(dropout=0.1)),
     "3x3": ("smaller kernels and more channels?", dict(kernel_size=3, channels=40)),
     "7x7": ("larger kernels and fewer channels?", dict(kernel_size=7, channels=24)),
     "wide": ("more channels in fewer blocks?", dict(channels=48, num_blocks=4)),

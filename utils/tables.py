@@ -40,6 +40,8 @@ HEADINGS = dict(
 # Folder, model, metric, its name, and what others have published.
 HEADLINES = [
     ("step1_gan", "GAN", "frechet_distance", "Fréchet distance", "none with this classifier"),
+    ("step1_gan/variants/small-batches", "GAN, small batches", "frechet_distance", "Fréchet distance",
+     "none with this classifier"),
     ("step1_gan", "GAN", "classifier_score", "classifier score", "none with this classifier"),
     ("step1_gan", "GAN", "parzen", "Parzen log-likelihood",
      "[225](https://arxiv.org/abs/1406.2661) GAN, [340](https://arxiv.org/abs/1511.05644) adversarial autoencoder"),
@@ -78,7 +80,11 @@ def load_runs(root, paths):
     runs = {}
     for path in paths:
         metrics = path.with_name("metrics.json")
-        if path.name == "config.json" and metrics in paths and not {"ablation", "ablation_dropped", "seeds"} & {*path.parts}:
+        if (
+            path.name == "config.json"
+            and metrics in paths
+            and not {"ablation", "ablation_dropped", "seeds"} & {*path.parts}
+        ):
             run = {**json.loads(path.read_text()), "metrics": json.loads(metrics.read_text())}
             runs[path.parent.relative_to(root / "results").as_posix()] = run
     return runs

@@ -82,13 +82,7 @@ VARIANTS = {
         "how good are the base networks with dropout and equal rates, and nothing else?",
         dict(d_learning_rate=2e-4, g_learning_rate=2e-4, dropout=0.3, penalty=0.0, ema_decay=0.0),
     ),
-    "small-batches": (
-        "what do small batches, fewer noise dimensions and a quicker discriminator buy together?",
-        dict(num_epochs=60, batch_size=32, dim_z=16, d_learning_rate=1e-3, ema_decay=0.9998),
-    ),
 }
-
-NOT_COMPARABLE = ("small-batches",)  # left out of --ablation, whose trainings are short
 
 
 # Each argument after * is also a flag: Annotated gives its type and its --help text.
@@ -229,7 +223,6 @@ def main(argv=None):
         variants=VARIANTS,
         draw_ablation=draw_ablation,
         length=("--minutes", "2.5"),  # of each run of an ablation
-        left_out=NOT_COMPARABLE,
     )
 
 

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -280,3 +281,14 @@ def test_names_that_the_terminal_cannot_print(call_step, bare_steps, monkeypatch
     assert step3.main([*flags, "--resume", "--seed", "1"]) == 2
     assert (folder / "metrics.json").exists()
     assert "\\xdc" in (tmp_path / "stdout").read_text() and "\\xdc" in (tmp_path / "stderr").read_text()
+
+
+def test_the_command_of_a_run_names_no_place_of_this_machine():
+    """An ablation gives each run an absolute folder. A reader needs the one in his own clone."""
+    argv = ["--resume", "--seed", "1", "--out-dir", str(cli.ROOT / "results" / "runs")]
+    assert cli._command("/home/me/step.py", argv) == "step.py --seed 1 --out-dir " + os.path.join(
+        "results", "runs"
+    )
+    for path in (cli.ROOT / "results").rglob("config.json"):
+        words = json.loads(path.read_text()).get("command", "").split()
+        assert not any(map(os.path.isabs, words)), f"{path}: {words}"

@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -219,8 +220,12 @@ def _folder_of_several(step, args, parts):
 
 
 def _command(script, argv):
-    """Return the command line as text, the same for a run that was interrupted."""
-    return " ".join([Path(script).name, *(each for each in argv if each not in ("--resume", "--restart"))])
+    """Return the command line as text, the same for a run that was interrupted.
+
+    Paths inside the repository begin at its root.
+    """
+    words = [each.replace(f"{ROOT}{os.sep}", "") for each in argv if each not in ("--resume", "--restart")]
+    return " ".join([Path(script).name, *words])
 
 
 def _flags_of_each_run(argv):

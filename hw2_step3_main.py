@@ -6,7 +6,7 @@ Encoder and decoder are trained together on the evidence lower bound (ELBO) of E
     python hw2_step3_main.py --dry-run                         train on a few batches, to look around
     python hw2_step3_main.py --hidden-dims 128 64 32           train other networks, into a folder of their own
     python hw2_step3_main.py --sample-only                     draw the figures of the trained model
-    python hw2_step3_main.py --ablation                        train default and variants with three seeds each
+    python hw2_step3_main.py --ablation                        train the default with three seeds, each variant with two
 
 Writes into results/step3_vae/:
     loss.png              negative ELBO and its two terms over the epochs, training and test

@@ -14,7 +14,7 @@ from utils.checkpoint import is_finished
 from utils.files import UserError
 
 
-def run_all(script, folder, args, variants, given, length=(), flags=(), left_out=(), num_seeds=(3, 3)):
+def run_all(script, folder, args, variants, given, length=(), flags=(), left_out=(), num_seeds=(3, 2)):
     """Train one configuration with several seeds, or with --ablation the default and the variants.
 
     An ablation is there to choose by, so it is evaluated on held-out training images. Each run is a process of its

@@ -151,8 +151,9 @@ def err(name, decimals, root=ROOT):
 
 
 def mean(name, decimals, root=ROOT):
-    parts = [written(look_up(f"{name}_{part}", root), decimals) for part in ("mean", "std")]
-    return r" \ensuremath{\pm} ".join(parts)
+    average, spread = (look_up(f"{name}_{part}", root) for part in ("mean", "std"))
+    values = [average] if spread is None else [average, spread]  # a single seed has no spread
+    return r" \ensuremath{\pm} ".join(written(value, decimals) for value in values)
 
 
 def calc(expression, decimals, root=ROOT):

@@ -31,7 +31,7 @@ from utils.run import Run
 
 STEPS = {"gan": step1, "pixelcnn": step2, "conditional": step2, "vae": step3}
 SMALL = dict(num_blocks=1, channels=4, first_kernel_size=5, kernel_size=3, head_channels=4)
-_small = "--num-layers 1 --channels 4 --first-kernel-size 5 --kernel-size 3 --head-channels 4".split()
+_small = "--num-blocks 1 --channels 4 --first-kernel-size 5 --kernel-size 3 --head-channels 4".split()
 FLAGS = {
     "gan": ["--g-channels", "8", "--d-channels", "8"],
     "pixelcnn": _small,

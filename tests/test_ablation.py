@@ -145,18 +145,18 @@ def test_finished_runs_are_kept_and_interrupted_ones_go_on(call_step, pretend, m
     flags = ["--ablation", "--seeds", "1", "--out-dir"]
     assert call_step(step1, *flags, tmp_path).returncode == 0
     names = [None, *step1.VARIANTS]
-    expected = [(name, False, "2.5", None) for name in names]
+    expected = [(name, False, None, None) for name in names]
     assert sorted(pretend.runs, key=str) == sorted(expected, key=str)
     folders = pretend.folders
     assert list(folders["drawn"]) == ["default", *step1.VARIANTS]
-    assert folders["public"] == tmp_path / "ablation" / "seed_0" / "variants" / "public"
-    assert folders["public"] == folders["drawn"]["public"]
+    assert folders["relativistic"] == tmp_path / "ablation" / "seed_0" / "variants" / "relativistic"
+    assert folders["relativistic"] == folders["drawn"]["relativistic"]
     assert [row["variant"] for row in read_csv(tmp_path / "ablation.csv")] == ["default", *step1.VARIANTS]
 
     pretend.runs.clear()
     later = (folders["plain"] / "metrics.json").stat().st_mtime_ns + 10**9
     os.utime(folders["plain"] / "checkpoint.pt", ns=(later, later))  # started anew and interrupted
-    (folders["public"] / "metrics.json").unlink()
+    (folders["relativistic"] / "metrics.json").unlink()
     (folders["saturating"] / "metrics.json").unlink()
     (folders["saturating"] / "checkpoint.pt").unlink()
     (folders["d-freq-2"] / "checkpoint.pt").unlink()
@@ -164,7 +164,7 @@ def test_finished_runs_are_kept_and_interrupted_ones_go_on(call_step, pretend, m
         (folders["dropout-50"] / file).unlink()
     assert call_step(step1, *flags, tmp_path).returncode == 0
     resumed = {name: is_resumed for name, is_resumed, _, _ in pretend.runs}
-    assert resumed == {"dropout-50": False, "plain": True, "public": True, "saturating": False}
+    assert resumed == {"dropout-50": False, "plain": True, "relativistic": True, "saturating": False}
 
     pretend.runs.clear()
     monkeypatch.setitem(step1.VARIANTS, "no-dropout", ("edited meanwhile", dict(dropout=0.01)))

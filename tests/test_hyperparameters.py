@@ -20,7 +20,7 @@ from utils.hyperparameters import NETWORK, Fraction, Range, defaults, hyperparam
 @pytest.mark.parametrize(
     "module, flags, expected",
     [
-        (step1, "--dropout 0.4 --g-channels 32 64", dict(dropout=0.4, g_channels=[32, 64], dim_z=100)),
+        (step1, "--dropout 0.4 --g-channels 32 64", dict(dropout=0.4, g_channels=[32, 64], dim_z=16)),
         (
             step2,
             "--learning-rate 1e-3 --channels 16 --muon-rate none --no-positional --block gated",
@@ -106,7 +106,7 @@ BAD_USAGE = {
     """,
     step2: """
         --digit 3 | --digit 10 | --digit -1 | --digit three | --binarize maybe | --activation swish | --block dense
-        --channels 0 | --kernel-size 4 | --first-kernel-size 2 | --dropout 1 | --muon-rate never | --num-layers -1
+        --channels 0 | --kernel-size 4 | --first-kernel-size 2 | --dropout 1 | --muon-rate never | --num-blocks -1
         --no-positional=1 | --precision double | --warm-up 0
     """,
     step3: """

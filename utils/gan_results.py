@@ -99,9 +99,11 @@ def draw_figures(run, generator, images):
 
 
 def draw_samples_by_epoch(path, snapshots):
-    """Draw a row of images of the same noise for each of up to STRIP_ROWS epochs, early ones closer together."""
+    """Draw a row of images of the same noise for epoch 0 and for epochs that grow by a constant factor to the last."""
     epochs, last = list(snapshots), len(snapshots) - 1
-    shown = sorted({epochs[round(last * (row / (STRIP_ROWS - 1)) ** 1.5)] for row in range(STRIP_ROWS)})
+    rows = STRIP_ROWS - 1  # without epoch 0
+    shown = sorted({0, *(round(last ** (row / (rows - 1))) for row in range(rows))})
+    shown = [epochs[index] for index in shown]
     images = torch.cat([snapshots[epoch][:COLUMNS] for epoch in shown]) / 255
     plotting.save_images(path, images, COLUMNS, [f"epoch {epoch}" for epoch in shown])
 

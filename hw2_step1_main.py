@@ -57,7 +57,7 @@ VARIANTS = {
     "dropout-50": ("does more dropout hold the discriminator back too much?", dict(dropout=0.5)),
     "no-penalty": ("what do R1 and R2 do (Mescheder et al. 2018, arXiv 1801.04406)?", dict(penalty=0.0)),
     "penalty-0.1": ("is ten times the penalty better?", dict(penalty=0.1)),
-    "penalty-1": ("does more penalty blind the discriminator?", dict(penalty=1.0)),
+    "penalty-1": ("is a hundred times the penalty too much?", dict(penalty=1.0)),
     "low-rates": (
         "what if both networks take smaller steps?",
         dict(d_learning_rate=4e-4, g_learning_rate=4e-4),
@@ -74,7 +74,7 @@ VARIANTS = {
     "batch-128": ("are larger batches, with a quarter of the steps, as good?", dict(batch_size=128)),
     "noise-100": ("is the usual noise of 100 dimensions better?", dict(dim_z=100)),
     "plain": (
-        "how good is what one writes first?",
+        "how good is a first GAN, with the batches and noise of the handout?",
         dict(
             batch_size=128,
             d_learning_rate=2e-4,
@@ -118,8 +118,8 @@ def train_main_loop(
     g_optimizer = torch.optim.Adam(generator.parameters(), g_learning_rate, **adam)
     d_optimizer = torch.optim.Adam(discriminator.parameters(), d_learning_rate, **adam)
     criterion = nn.BCEWithLogitsLoss()
-    # run.track names what a checkpoint saves. run.epochs and run.batches count epochs and shuffle batches, and
-    # save a checkpoint after each epoch. run.record averages the losses over the epoch, and stops at NaN.
+    # A checkpoint saves what run.track names. The loops over run.epochs and run.batches count and shuffle, and
+    # save a checkpoint after each epoch. The losses go to run.record, which averages them and stops at NaN.
     run.track(
         generator=generator,
         discriminator=discriminator,

@@ -105,8 +105,8 @@ def train(
     optimizer = Muon(kernels, others, muon_rate, learning_rate)
     schedule = LambdaLR(optimizer, rate_factor)
     criterion = nn.BCEWithLogitsLoss(reduction="sum")
-    # run.track names what a checkpoint saves. run.epochs and run.batches count epochs and shuffle batches, and
-    # save a checkpoint after each epoch. run.record averages the losses over the epoch, and stops at NaN.
+    # A checkpoint saves what run.track names. The loops over run.epochs and run.batches count and shuffle, and
+    # save a checkpoint after each epoch. The losses go to run.record, which averages them and stops at NaN.
     run.track(network=network, optimizer=optimizer, schedule=schedule)
     parallel_network = parallel.wrap(network)  # the network itself, unless torchrun started several processes
     if run.is_new:

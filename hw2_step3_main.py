@@ -120,8 +120,8 @@ def train(
     schedule = LambdaLR(
         optimizer, lambda step: (1 + math.cos(math.pi * run.fraction_done(step / num_steps))) / 2
     )
-    # run.track names what a checkpoint saves. run.epochs and run.batches count epochs and shuffle batches, and
-    # save a checkpoint after each epoch. run.record averages the losses over the epoch, and stops at NaN.
+    # A checkpoint saves what run.track names. The loops over run.epochs and run.batches count and shuffle, and
+    # save a checkpoint after each epoch. The losses go to run.record, which averages them and stops at NaN.
     run.track(model=model, optimizer=optimizer, schedule=schedule)
     if run.is_new:
         log_epoch(run, model, train_set, test_set, epoch=0)

@@ -230,6 +230,7 @@ def test_defaults_are_those_of_the_networks():
         inspect.signature(network.__init__).parameters for network in (Generator, Discriminator)
     )
     assert ours["dropout"] == discriminator["dropout"].default
+    assert generator["dim_z"].default == 100  # the handout's; the script has its own, which it passes on
     assert ours["g_channels"] == generator["channels"].default
     assert ours["d_channels"] == discriminator["channels"].default
 

@@ -99,11 +99,10 @@ def draw_figures(run, generator, images):
 
 
 def draw_samples_by_epoch(path, snapshots):
-    """Draw a row of images of the same noise for epoch 0 and for epochs that grow by a constant factor to the last."""
+    """Draw a row of images of the same noise for each of up to STRIP_ROWS epochs, early ones closer together."""
     epochs, last = list(snapshots), len(snapshots) - 1
-    rows = STRIP_ROWS - 1  # without epoch 0
-    shown = sorted({0, *(round(last ** (row / (rows - 1))) for row in range(rows))})
-    shown = [epochs[index] for index in shown]
+    after_0 = (round(last ** (row / (STRIP_ROWS - 2))) for row in range(STRIP_ROWS - 1))
+    shown = [epochs[index] for index in sorted({0, *after_0})]
     images = torch.cat([snapshots[epoch][:COLUMNS] for epoch in shown]) / 255
     plotting.save_images(path, images, COLUMNS, [f"epoch {epoch}" for epoch in shown])
 

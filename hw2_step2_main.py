@@ -13,7 +13,7 @@ arXiv 1601.06759). With --conditional the label enters every masked layer (2016b
 
 Writes into results/step2_pixelcnn/ or results/step2_conditional_pixelcnn/:
     loss.png             negative log-likelihood (NLL) over the epochs, of test and training images
-    samples.png          samples; with --conditional a row of each digit
+    samples.png          samples; the class-conditional network draws a row of each digit
     completions.png      test digits whose lower half the network has drawn
     drawing.gif          samples that appear pixel by pixel, and the probabilities that the network predicts
     nll_map.png          mean NLL of each pixel

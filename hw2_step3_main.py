@@ -10,12 +10,12 @@ Encoder and decoder are trained together on the evidence lower bound (ELBO) of E
 
 Writes into results/step3_vae/:
     loss.png              negative ELBO and its two terms over the epochs, training and test
-    samples.png           digits decoded from the prior
+    samples.png           images decoded from the prior
     latent_plane.png      the latent plane, decoded at quantiles of the prior
     territories.png       the same, and which digit the classifier sees where
     latent_means.png      the posterior means of the test digits, coloured by digit
     posterior.png         the aggregated posterior of the test digits and the prior
-    reconstructions.png   test digits above their reconstructions
+    reconstructions.png   test images above their reconstructions
     extremes.png          the best and the worst reconstruction of each digit
     training.gif          the latent plane over the epochs, a moving picture
     walk.png              from one test digit to another, in the latent space and in pixels

@@ -11,6 +11,7 @@ import torch
 import hw2_step2_main as step2
 from utils import files, machine
 from utils.cli import exit_code
+from utils.flags import ArgumentParser
 
 NUMS_SAMPLES = (1, 64, 256)
 
@@ -39,8 +40,9 @@ def compare_samplers(network, num_samples):
     )
 
 
-def measure():
-    """Measure everything and write metrics.json."""
+def measure(argv=None):
+    """Measure everything and write metrics.json. There are no flags but --help."""
+    ArgumentParser(prog="python -m utils.benchmark", description=__doc__).parse_args(argv or [])
     network = step2.load_model(files.ROOT / "results" / step2.STEP / "model.pt")
     network.sample(1)  # a first call is slower
     entries = {f"sampling_{count}": compare_samplers(network, count) for count in NUMS_SAMPLES}
@@ -50,4 +52,4 @@ def measure():
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(measure, "benchmark.py"))
+    sys.exit(exit_code(lambda: measure(sys.argv[1:]), "benchmark.py"))

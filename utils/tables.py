@@ -43,14 +43,14 @@ HEADLINES = [
     ("step1_gan", "GAN", "classifier_score", "classifier score", "none with this classifier"),
     ("step1_gan", "GAN", "parzen", "Parzen log-likelihood",
      "[225](https://arxiv.org/abs/1406.2661) GAN, [340](https://arxiv.org/abs/1511.05644) adversarial autoencoder"),
-    ("step2_pixelcnn", "PixelCNN", "test_nll", "test NLL, pixels > 0.5",
-     "[54](https://github.com/jfrancis71/pygen_models) PixelCNN++, rounded"),
-    ("step2_conditional_pixelcnn", "conditional PixelCNN", "test_nll", "test NLL, pixels > 0.5",
-     "[53](https://github.com/jfrancis71/pygen_models) PixelCNN++, rounded"),
-    ("step2_pixelcnn/variants/stochastic", "PixelCNN", "test_nll", "test NLL, random pixels",
+    ("step2_pixelcnn", "PixelCNN", "test_nll", "test NLL, thresholded pixels",
+     "[54](https://github.com/jfrancis71/pygen_models) PixelCNN++, given without decimals"),
+    ("step2_conditional_pixelcnn", "conditional PixelCNN", "test_nll", "test NLL, thresholded pixels",
+     "[53](https://github.com/jfrancis71/pygen_models) PixelCNN++, given without decimals"),
+    ("step2_pixelcnn/variants/stochastic", "PixelCNN", "test_nll", "test NLL, stochastic pixels",
      "[81.30](https://arxiv.org/abs/1601.06759) PixelCNN, [77.56](https://github.com/ajayjain/lmconv) LMConv"),
     ("step3_vae", "VAE, 2-D", "test_bound", "importance bound",
-     "[135.73](https://arxiv.org/abs/1804.00891) plane, 132.50 sphere"),
+     "[135.73](https://arxiv.org/abs/1804.00891) with codes in the plane, 132.50 on a sphere"),
     ("step3_vae/variants/long-20", "VAE, 20-D", "test_bound", "importance bound",
      "[88.90](https://arxiv.org/abs/1804.00891), [86.76](https://arxiv.org/abs/1509.00519) in 50 dimensions"),
 ]  # fmt: skip
@@ -183,7 +183,7 @@ class Tables:
         path, keys = self._folder / "benchmark" / "metrics.json", ("usual_seconds", "seconds", "value")
         entries = json.loads(path.read_text()).values() if path in self._files else ()
         rows = [[each["formula"], *(shown(each[key]) for key in keys), each["hardware"]] for each in entries]
-        return table(["A / B", "A (s)", "B (s)", "ratio", "on"], rows)
+        return table(["comparison", "plain (s)", "cached (s)", "ratio", "on"], rows)
 
     def runs(self):
         rows = [
@@ -202,7 +202,9 @@ class Tables:
         return table(["figure", "what it shows"], rows)
 
     def _of(self, step):
-        return {name: run for name, run in self._runs.items() if run["step"].startswith(step)}
+        """The runs of a step, other data sets last."""
+        names = [name for name, run in self._runs.items() if run["step"].startswith(step)]
+        return {name: self._runs[name] for name in sorted(names, key=lambda name: not name.startswith(step))}
 
     def _read(self, step, name):
         folders = sorted(self._folder.glob(f"{step}*"))

@@ -15,7 +15,6 @@ Writes into results/step1_gan/:
     quality.png                 metrics of the samples over the epochs
     samples_by_epoch.png        images of the same noise, from before the training to its end
     training.gif                the same as a moving picture
-    interpolation.png           walks between points of the noise
     neighbours.png              generated images above the training images nearest to them
     optimal_discriminator.png   a trained discriminator and the formula of the optimal one, in one dimension
     losses.csv, epochs.csv, quality.csv, metrics.json, config.json, model.pt (the generator)
@@ -99,7 +98,7 @@ def train_main_loop(
     g_learning_rate: Annotated[float, "learning rate of the generator"] = 1e-3,
     d_freq: Annotated[int, "updates of the discriminator for one of the generator"] = 1,
     loss: Annotated[
-        Literal["non-saturating", "saturating", "relativistic"], "loss of the game"
+        Literal["non-saturating", "saturating", "relativistic"], "kind of loss"
     ] = "non-saturating",
     penalty: Annotated[float, "weight of the gradient penalty R1 + R2"] = 0.01,
     penalty_every: Annotated[int, "discriminator updates for one with the penalty"] = 4,
@@ -187,7 +186,7 @@ def monitor_images(run, generator, epoch):
 
 def monitor_losses(run):
     """Draw loss.png: the losses and mean outputs of D, beside their optima for p_g = p_data."""
-    run.draw("loss.png", gan_results.draw_losses, run.history, run.options)
+    run.draw("loss.png", gan_results.draw_losses, run.tables["losses"], run.options)
 
 
 def load_model(path, device="cpu"):

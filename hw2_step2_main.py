@@ -80,13 +80,11 @@ def train(
     num_epochs: Annotated[int, "passes over the training images"] = 3,
     batch_size: Annotated[int, "images in a batch"] = 32,
     learning_rate: Annotated[float, "peak learning rate of Adam"] = 3e-3,
-    muon_rate: Annotated[
-        Optional[float], "peak rate of Muon for the kernels; none trains them with Adam"
-    ] = 0.02,
+    muon_rate: Annotated[Optional[float], "peak rate of Muon for the kernels, none for Adam"] = 0.02,
     warm_up: Annotated[int, "steps in which the learning rates rise"] = 200,
     clip_norm: Annotated[float, "longer gradients are scaled down to this norm"] = 50.0,
     binarize: Annotated[
-        Literal["threshold", "stochastic"], "x > 0.5, or a fresh Bernoulli(x) draw"
+        Literal["threshold", "stochastic"], "x > 0.5, or draws of Bernoulli(x)"
     ] = "threshold",
     distorted: Annotated[Fraction, "share of training images that are rotated, scaled and sheared"] = 0.0,
     distorted_until: Annotated[Fraction, "share of the training after which no image is distorted"] = 0.8,
@@ -118,7 +116,7 @@ def train(
                 images = data.distort(images, distorted)
             x = data.binarize(images, binarize)
             x, labels = parallel.shard(x, labels)  # this process's part
-            with run.autocast(precision):
+            with machine.autocast(run.device, precision):
                 logits = parallel_network(*inputs(network, x, labels))  # x, or x and one-hot labels
             # In nats per image. With n processes the gradients are averaged, and the factor n makes that a sum.
             loss = parallel.num_processes() * criterion(logits.float(), x) / len(images)
@@ -146,7 +144,7 @@ def log_epoch(run, network, train_set, test_set, epoch):
     sets = {"train": train_set, "test": test_set} if epoch else {"test": test_set}
     count = len(test_set[0])
     row = dict(batch_nll=run.means().get("batch_nll"), train_nll=None)
-    with run.autocast(run.options["precision"]):
+    with machine.autocast(run.device, run.options["precision"]):
         for name, (images, labels) in sets.items():
             row[f"{name}_nll"] = evaluate(network, images[:count], labels[:count], run.options["binarize"])
     run.log(epoch=epoch, **row, test_bits=bits_per_pixel(row["test_nll"]))
@@ -174,7 +172,7 @@ def train_and_evaluate(run, train_set, test_set):
         return
     network.eval()
     run.save_model(network, conditional=conditional, **architecture)
-    run.draw("loss.png", pixelcnn_results.draw_losses, run.history, run.options["binarize"])
+    run.draw("loss.png", pixelcnn_results.draw_losses, run.tables["losses"], run.options["binarize"])
     pixelcnn_results.draw_samples(run, network, test_set, load_unconditional(run))
     pixelcnn_results.write_metrics(run, network, train_set, test_images)
 

@@ -14,7 +14,6 @@ Writes into results/step3_vae/:
     latent_plane.png      the latent plane, decoded at quantiles of the prior
     territories.png       the same, and which digit the classifier sees where
     latent_means.png      the posterior means of the test digits, coloured by digit
-    posterior.png         the aggregated posterior of the test digits and the prior
     reconstructions.png   test images above their reconstructions
     extremes.png          the best and the worst reconstruction of each digit
     training.gif          the latent plane over the epochs, a moving picture
@@ -28,7 +27,6 @@ and after --ablation:
 
 import math
 import sys
-from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -36,7 +34,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from models.VAE import VAE_model, loss_terms
-from utils import cli, data, files, machine, vae_results
+from utils import cli, data, files, machine, plotting, vae_results
 from utils.flags import whole_number
 from utils.hyperparameters import NETWORK, Fraction, Range, defaults
 from utils.vae_results import evaluate
@@ -105,7 +103,7 @@ def train(
     kl_coeff: Annotated[float, "weight of the KL term; 1 is the ELBO"] = 1.0,
     kl_warm_up: Annotated[Fraction, "share of the training in which that weight rises from zero"] = 0.0,
     binarize: Annotated[
-        Literal["stochastic", "threshold", "none"], "pixels: Bernoulli(x), x > 0.5, x"
+        Literal["stochastic", "threshold", "none"], "Bernoulli(x), x > 0.5, x"
     ] = "stochastic",
     distorted: Annotated[Fraction, "share of training images that are rotated, scaled and sheared"] = 0.0,
     distorted_until: Annotated[Fraction, "share of the training with distorted images"] = 0.9,
@@ -156,21 +154,19 @@ def log_epoch(run, model, train_set, test_set, epoch):
         with machine.seeded(run.device):  # the same draws after every epoch
             x = data.binarize(images[: len(test_set[0])], run.options["binarize"])
             reconstruction, kl = evaluate(model, x)
-        row |= {
-            f"{name}_elbo": -reconstruction - kl,
-            f"{name}_reconstruction": reconstruction,
-            f"{name}_kl": kl,
-        }
+        row[f"{name}_elbo"] = -reconstruction - kl
+        row[f"{name}_reconstruction"] = reconstruction
+        row[f"{name}_kl"] = kl
     run.snapshot(epoch, vae_results.decode_plane(model, vae_results.SNAPSHOT_SIDE))
     run.log(epoch=epoch, **row)
-    run.print_epoch(
-        epoch, {f"{name} -ELBO": -row[f"{name}_elbo"] for name in ("train", "test")}, "nats per image"
-    )
+    shown = {f"{name} -ELBO": -row[f"{name}_elbo"] for name in ("train", "test")}
+    run.print_epoch(epoch, shown, "nats per image")
 
 
 def plot_latent_images(model, path="latent_plane.png", n=vae_results.PLANE_SIDE, device=None):
     """Draw the latent plane, decoded at n x n quantiles of the prior. The model's own device is used."""
-    vae_results.draw_latent_plane(Path(path), model, n)
+    figure = plotting.draw_latent_plane(vae_results.decode_plane(model, n), n)
+    plotting.save(figure, path, vector=False)
 
 
 def load_model(path, device="cpu"):
@@ -183,13 +179,12 @@ def train_and_evaluate(run, train_set, test_set):
     model = train(run, train_set, few, **run.options).eval()
     hidden_dims = [*run.options["hidden_dims"], 2 * run.options["latent_dim"]]
     run.save_model(model, input_dim=NUM_PIXELS, hidden_dims=hidden_dims)
-    run.draw("loss.png", vae_results.draw_losses, run.history)
+    run.draw("loss.png", vae_results.draw_losses, run.tables["losses"])
     draw_figures(run, model, test_set)
     vae_results.write_metrics(run, model, train_set, few)
 
 
 def draw_figures(run, model, test_set):
-    vae_results.draw_samples(run, model)
     run.draw("latent_plane.png", lambda path: plot_latent_images(model, path))
     vae_results.draw_figures(run, model, *test_set)
 

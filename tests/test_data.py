@@ -1,4 +1,4 @@
-"""Data: verification, unpacking by many processes at once, other data sets, batches, ranges."""
+"""Data: verification, unpacking by many processes at once, other data sets, ranges."""
 
 import gzip
 import hashlib
@@ -16,7 +16,7 @@ from torchvision import datasets
 
 from tests.conftest import ROOT
 from utils import data
-from utils.data import DATASETS, NUM_HELD_OUT, batches, binarize, distort, load_data, to_symmetric, to_unit
+from utils.data import DATASETS, NUM_HELD_OUT, binarize, distort, load_data, to_symmetric, to_unit
 from utils.files import UserError
 
 NAMES = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
@@ -279,22 +279,6 @@ def test_unknown_data_set(tmp_path):
     with pytest.raises(UserError, match="'mnist'.*MNIST, FashionMNIST, KMNIST"):
         load_data(tmp_path, "mnist")
     assert not list(tmp_path.iterdir())
-
-
-def test_batches_cover_everything_once_in_an_order_of_the_generator():
-    images, labels = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1), torch.arange(10)
-
-    def drawn(seed):
-        generator = torch.Generator().manual_seed(seed)
-        return [y.tolist() for _, y in batches(images, labels, batch_size=4, generator=generator)]
-
-    assert [len(batch) for batch in drawn(0)] == [4, 4, 2]
-    assert sorted(itertools.chain(*drawn(0))) == list(range(10))
-    assert drawn(0) == drawn(0) != drawn(1)
-    assert torch.cat([y for _, y in batches(images, labels, batch_size=4)]).equal(labels)
-    for x, y in batches(images, labels, batch_size=4, generator=torch.Generator()):
-        assert x.flatten().tolist() == y.tolist()
-    assert [x.shape for (x,) in batches(images, batch_size=8)] == [(8, 1, 1, 1), (2, 1, 1, 1)]
 
 
 def test_ranges_and_binarisation():

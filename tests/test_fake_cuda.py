@@ -186,8 +186,6 @@ def test_draws_on_the_cpu_leave_the_generators_of_gpus(monkeypatch):
     monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("all generators are seeded"))
     monkeypatch.setattr(theory, "STEPS", 1)
     theory.trained_discriminator(theory.P_DATA, theory.P_G, torch.zeros(3))
-    monkeypatch.setattr(plotting, "save_posterior", lambda path, z: None)
-    vae_results.draw_posterior("", VAE_model(784, [4, 4]), torch.zeros(2, 1, 28, 28), 0)
 
 
 def test_seeded_draws_leave_the_generator_of_the_gpu(monkeypatch):

@@ -241,7 +241,7 @@ def test_means_weigh_a_short_last_batch_by_its_size(toy_run):
         (2, 6, dict(size=pytest.approx((4 * 4 + 4 * 4 + 2 * 2) / 10), rare=5.0)),
     ]
     assert toy_run.images_seen == 20
-    assert toy_run.history == {
+    assert toy_run.tables["losses"] == {
         "iteration": [1, 2, 3, 4, 5, 6],
         "epoch": [1, 1, 1, 2, 2, 2],
         "size": [4, 4, 2, 4, 4, 2],
@@ -257,11 +257,14 @@ def test_a_loss_that_is_not_finite_is_named_with_its_place(toy_run):
                 toy_run.record(loss=torch.tensor(float("nan") if toy_run.iteration == 2 else 1.0))
 
 
-def test_every_epoch_has_an_order_of_its_own(toy_run):
+def test_every_epoch_has_all_images_in_an_order_of_its_own(toy_run):
     toy_run.track()
-    orders = []
+    images, labels, orders = torch.arange(30).view(30, 1), torch.arange(30), []
     for _ in toy_run.epochs(2):
-        orders.append(torch.cat([x for (x,) in toy_run.batches(torch.arange(30), batch_size=7)]).tolist())
+        batches = list(toy_run.batches(images, labels, batch_size=7))
+        assert [len(x) for x, _ in batches] == [7, 7, 7, 7, 2]
+        assert all(x.flatten().equal(y) for x, y in batches)
+        orders.append(torch.cat([y for _, y in batches]).tolist())
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(30)) and orders[0] != orders[1]
 
 

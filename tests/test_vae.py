@@ -291,7 +291,7 @@ def test_three_latent_dimensions_have_every_figure_and_labelled_metrics(call_ste
     flags = ["--latent-dim", 3, "--hidden-dims", 16, "--bound-samples", 2, "--out-dir", tmp_path]
     done = call_step(step3, "--dry-run", *flags)
     assert done.returncode == 0, done.stderr
-    figures = "latent_plane latent_means posterior reconstructions extremes walk territories samples loss"
+    figures = "latent_plane latent_means reconstructions extremes walk territories samples loss"
     assert {f"{name}.png" for name in figures.split()} == {path.name for path in tmp_path.glob("*.png")}
     results = json.loads((tmp_path / "metrics.json").read_text())
     for suffix, pixels in (("", "dynamically"), ("_grey", "grey"), ("_threshold", "thresholded")):

@@ -39,8 +39,8 @@ def train(
 def train_and_evaluate(run, train_set, test_set):
     model = train(run, train_set[0], **run.options)
     run.save_model(model, components=run.options["components"])
-    panels = [("NLL (nats per image)", {"training": run.history["nll"]}, {})]
-    run.draw("loss.png", plotting.save_curves, run.history["iteration"], panels, "iteration")
+    panels = [("NLL (nats per image)", {"training": run.tables["losses"]["nll"]}, {})]
+    run.draw("loss.png", plotting.save_curves, run.tables["losses"]["iteration"], panels, "iteration")
     sample(run, run.folder / "model.pt", test_set)
     test_nll = -model(data.binarize(test_set[0], "threshold")).mean().item()
     _, quality = metrics.judge_sampler(run, model.sample, "threshold")

@@ -119,9 +119,7 @@ def _train_all(commands, device):
             pool.shutdown(cancel_futures=True)
             raise
     if failures:
-        raise UserError(
-            f"{len(failures)} of {len(commands)} runs failed, so there is no table; {failures[0]}"
-        )
+        raise UserError(f"{len(failures)} of {len(commands)} runs failed, hence no table; {failures[0]}")
 
 
 def _keep_flags(folder, given):
@@ -130,9 +128,9 @@ def _keep_flags(folder, given):
     if path.exists():
         kept = json.loads(path.read_text())
         if kept != given:
+            theirs = " ".join(kept) or "(none)"
             raise UserError(
-                f"the runs in {folder} have the flags {' '.join(kept) or '(none)'}: take the same flags or another "
-                "--out-dir"
+                f"the runs in {folder} have the flags {theirs}: take the same flags or another --out-dir"
             )
         return
     files.write_json(path, given)

@@ -41,13 +41,9 @@ def choose_options(parser, args, specs, variants):
         parser.exit()
     if args.variant is not None and args.variant not in variants:
         near = difflib.get_close_matches(args.variant, variants, 1, cutoff=0) or ["none"]
-        parser.error(
-            f"unknown variant {args.variant!r}, the nearest is {near[0]!r}: --list-variants names them"
-        )
+        parser.error(f"unknown variant {args.variant!r}, the nearest is {near[0]!r}: try --list-variants")
     if args.model and not args.sample_only:
         parser.error("--model needs --sample-only: training begins from new weights")
-    if args.resume and args.restart:
-        parser.error("--restart is not allowed with --resume")
     if args.minutes and "num_epochs" in args:
         parser.error("--minutes is not allowed with --epochs")
     preset = {name: each.default for name, each in specs.items()}
@@ -139,9 +135,7 @@ def main(
         own.add_argument("--conditional", action="store_true", help="train the class-conditional network")
     common = vars(parser.parse_args([]))
     if conditional_step:
-        own.add_argument(
-            "--digit", type=int, choices=range(10), metavar="D", help="for samples_digit.png (3)"
-        )
+        own.add_argument("--digit", type=int, choices=range(10), metavar="D", help="in samples_digit.png")
     if add_flags:
         add_flags(own)
     own_defaults = {name: value for name, value in vars(parser.parse_args([])).items() if name not in common}
@@ -163,9 +157,8 @@ def main(
             if args.ablation and draw_ablation:
                 draw_ablation(folder, folders)
             return
-        run = Run(
-            name, args, options, args.out_dir or default_folder(name, args.variant, parts), several_processes
-        )
+        folder = args.out_dir or default_folder(name, args.variant, parts)
+        run = Run(name, args, options, folder, several_processes)
         try:
             _train_or_sample(run, parser, parts, own_defaults, train_and_evaluate, sample)
         finally:
@@ -192,9 +185,8 @@ def _train_or_sample(run, parser, parts, own_flags, train_and_evaluate, sample):
     except ValueError as error:
         if run.is_tracking:
             raise
-        raise UserError(
-            f"{error} (--help lists the flags)"
-        ) from None  # a constructor refused a hyperparameter
+        # A constructor refused a hyperparameter.
+        raise UserError(f"{error} (--help lists the flags)") from None
 
 
 def _plan(run):

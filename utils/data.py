@@ -1,4 +1,4 @@
-"""Data sets in the format of MNIST, as tensors: loading, verification, batches, and changes to the pixels."""
+"""Data sets in the format of MNIST, as tensors: loading, verification, and changes to the pixels."""
 
 import contextlib
 import gzip
@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional as F
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
 from torchvision import datasets
 from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.datasets.utils import calculate_md5, download_url, extract_archive
@@ -124,14 +123,6 @@ def _verify(path, unpacked, dataset, name):
     raise UserError(
         f"{path}: these are the files of {other}, not {dataset}: --dataset {other} reads {other}/raw"
     )
-
-
-def batches(*tensors, batch_size, generator=None):
-    """Make a DataLoader of tuples, a batch of each tensor, in order or shuffled by `generator`."""
-    dataset = TensorDataset(*tensors)
-    order = RandomSampler(dataset, generator=generator) if generator else SequentialSampler(dataset)
-    sampler = BatchSampler(order, batch_size, drop_last=False)  # a batch is one indexing operation
-    return DataLoader(dataset, sampler=sampler, batch_size=None, generator=generator)
 
 
 def to_unit(images):

@@ -12,7 +12,6 @@ COLUMNS = 10  # samples in a row of a figure
 NUM_SAMPLES = 100  # in samples.png, unless --count says otherwise
 NUM_SNAPSHOT = 50  # images of the same noise that are kept after an epoch
 STRIP_ROWS = 8  # epochs shown in samples_by_epoch.png
-WALKS = 6  # rows of interpolation.png
 ABLATION_COLUMNS = 12  # samples of each run in ablation.png
 LABELS = dict(d_loss="D loss", g_loss="G loss", d_real="D(x)", d_fake="D(G(z))")  # the losses of a batch
 NUM_WATCHED = 200  # samples that are checked for mode collapse after each epoch
@@ -22,13 +21,12 @@ SATURATED = 0.95  # D(x) above it, with D(G(z)) as close to 0, means a saturated
 COLLAPSED = 0.5  # one digit in a larger share of the samples means mode collapse
 SHARP = 0.2  # share of white pixels among those with ink; real digits have 0.5, early samples are grey fog
 DISCRIMINATOR_OPTIMUM = math.log(4)  # its smallest loss for p_g = p_data, in nats
-# Formula of the generator's loss, and its optimum in nats. The relativistic D takes the difference of two logits.
-GENERATOR_LOSSES = {
-    "non-saturating": ("-log D(G(z))", math.log(2)),
-    "saturating": ("log(1 - D(G(z)))", -math.log(2)),
-    "relativistic": ("-log D(G(z), x)", math.log(2)),
+# Formulas of both losses, and the generator's optimum in nats. The relativistic D takes the difference of two logits.
+LOSSES = {
+    "non-saturating": ("-log D(x) - log(1 - D(G(z)))", "-log D(G(z))", math.log(2)),
+    "saturating": ("-log D(x) - log(1 - D(G(z)))", "log(1 - D(G(z)))", -math.log(2)),
+    "relativistic": ("-log D(x, G(z)) - log(1 - D(G(z), x))", "-log D(G(z), x)", math.log(2)),
 }
-DISCRIMINATOR_LOSSES = {"relativistic": "-log D(x, G(z)) - log(1 - D(G(z), x))"}
 
 
 def find_trouble(generator, d_real, d_fake, dataset="MNIST"):
@@ -60,11 +58,9 @@ def draw_losses(path, history, options):
     iterations_per_epoch = history["epoch"].count(1)  # --minutes cuts the last epoch short
     x = [iteration / iterations_per_epoch for iteration in history["iteration"]]
     losses = {"discriminator": history["d_loss"], "generator": history["g_loss"]}
-    _, g_optimum = GENERATOR_LOSSES[options["loss"]]
-    optima = {
-        "optimum, log 4": DISCRIMINATOR_OPTIMUM,
-        f"optimum, {'-' if g_optimum < 0 else ''}log 2": g_optimum,
-    }
+    _, _, g_optimum = LOSSES[options["loss"]]
+    sign = "-" if g_optimum < 0 else ""
+    optima = {"optimum, log 4": DISCRIMINATOR_OPTIMUM, f"optimum, {sign}log 2": g_optimum}
     outputs = {"$D(x)$, real images": history["d_real"], "$D(G(z))$, generated": history["d_fake"]}
     half = {"optimum, 1/2": 0.5}
     panels = [("loss (nats)", losses, optima), ("discriminator's mean output", outputs, half)]
@@ -82,10 +78,9 @@ def draw_quality(path, quality):
 
 
 def draw_samples(run, generator):
-    """Draw samples.png, images of noise that depends on the seed, and interpolation.png."""
+    """Draw samples.png, images of noise that depends on the seed."""
     samples = generator.sample(run.args.count or NUM_SAMPLES, torch.Generator().manual_seed(run.args.seed))
     run.draw("samples.png", plotting.save_images, samples, COLUMNS)
-    run.draw("interpolation.png", draw_interpolation, generator, run.args.seed)
 
 
 def draw_figures(run, generator, images):
@@ -105,17 +100,6 @@ def draw_samples_by_epoch(path, snapshots):
     shown = [epochs[index] for index in sorted({0, *after_0})]
     images = torch.cat([snapshots[epoch][:COLUMNS] for epoch in shown]) / 255
     plotting.save_images(path, images, COLUMNS, [f"epoch {epoch}" for epoch in shown])
-
-
-@torch.no_grad()
-def draw_interpolation(path, generator, seed):
-    """Draw walks between two points of noise, on the sphere where most noise lies (White 2016, arXiv 1609.04468)."""
-    start, end = torch.randn(2, WALKS, 1, generator.dim_z, generator=torch.Generator().manual_seed(seed))
-    angle = torch.acos(torch.cosine_similarity(start, end, dim=-1))[..., None]
-    t = torch.linspace(0, 1, COLUMNS)[:, None]
-    z = (((1 - t) * angle).sin() * start + (t * angle).sin() * end) / angle.sin()
-    images = (generator(z.flatten(0, 1).to(next(generator.parameters()))) + 1) / 2
-    plotting.save_images(path, images.reshape(-1, 1, 28, 28), COLUMNS)
 
 
 def draw_neighbours(path, generator, images, seed):
@@ -159,14 +143,10 @@ def draw_ablation(path, folders, load_model):
 
 def write_metrics(run, generator, images):
     """Write metrics.json: the quality of samples, and means over the last epoch. A GAN has no likelihood."""
-    loss = run.options["loss"]
+    d_formula, g_formula, g_optimum = LOSSES[run.options["loss"]]
     descriptions = dict(
-        d_loss=(
-            "nats",
-            DISCRIMINATOR_LOSSES.get(loss, "-log D(x) - log(1 - D(G(z)))"),
-            DISCRIMINATOR_OPTIMUM,
-        ),
-        g_loss=("nats", *GENERATOR_LOSSES[loss]),
+        d_loss=("nats", d_formula, DISCRIMINATOR_OPTIMUM),
+        g_loss=("nats", g_formula, g_optimum),
         d_real=("probability", "D(x)", 0.5),
         d_fake=("probability", "D(G(z))", 0.5),
     )

@@ -163,9 +163,8 @@ def _features(images, classifier):
     """Return features (N, 64) and probabilities (N, 10) of images, in double precision on the CPU."""
     features = torch.cat([classifier.features(x) for x in images.split(CHUNK)])
     logits = classifier.to_logits(features)
-    return features.cpu().double(), logits.cpu().double().softmax(
-        1
-    )  # not every accelerator has double precision
+    # Not every accelerator has double precision.
+    return features.cpu().double(), logits.cpu().double().softmax(1)
 
 
 def frechet_distance(a, b):

@@ -196,10 +196,8 @@ def write_metrics(run, network, train_set, test_set):
 def classifier_metrics(samples, real, conditional, dataset):
     """Return how often the digit classifier is unsure, and how often it sees the digit of `sample_evenly`."""
     unsure, unsure_real = (metrics.probabilities(x, dataset).max(1).values < SURE for x in (samples, real))
-    what, more = (
-        f"the digit classifier gives no digit a probability of {SURE:.0%}",
-        dict(samples=len(samples)),
-    )
+    what = f"the digit classifier gives no digit a probability of {SURE:.0%}"
+    more = dict(samples=len(samples))
     floor = unsure_real.double().mean().item()
     results = dict(unsure=files.metric(unsure, "share of samples", what, floor=floor, **more))
     if conditional:
@@ -225,7 +223,7 @@ def independent_values(nll):
 
 def label_metrics(run, network, x, labels, protocol):
     """Return the metrics of a conditional network as a classifier and as a mixture over labels; draw bayes.png."""
-    with run.autocast(run.options["precision"]):
+    with machine.autocast(run.device, run.options["precision"]):
         log_likelihoods = label_log_likelihoods(network, x)
     guesses = log_likelihoods.argmax(1)
     run.draw("bayes.png", plotting.save_confusion, labels, guesses, "label with the highest log p(x|y)")

@@ -5,7 +5,6 @@ import math
 import numpy as np
 import torch
 from matplotlib.colors import ListedColormap, LogNorm
-from matplotlib.patches import Circle
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from torch.nn.functional import pad
 
@@ -57,14 +56,9 @@ def save_strips(path, strips, xlabel, ylim):
         figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=2)
 
 
-def gaussian_quantiles(count):
-    """Return the (count,) points, ascending, that cut N(0, 1) into parts of equal probability."""
-    return torch.distributions.Normal(0.0, 1.0).icdf((torch.arange(count) + 0.5) / count)
-
-
 @our_style()
 def draw_latent_plane(images, side):
-    """Return a figure of images (side^2, 1, H, W) at `gaussian_quantiles` of z_1, to the right, and z_2, upwards."""
+    """Return a figure of images (side^2, 1, H, W) at quantiles of the prior: z_1 to the right, z_2 upwards."""
     figure = draw_images(images, side, scale=HALF / side * 0.9)
     axis = figure.axes[0]
     height, width = axis.images[0].get_size()
@@ -115,28 +109,6 @@ def save_scatter(path, points, labels, title):
         for digit in labels.unique().tolist():
             _name_digit(axis, *places[digit].tolist(), digit)
         axis.set(xlabel="$z_1$", ylabel="$z_2$", title=title, aspect="equal")
-
-
-def save_posterior(path, z):
-    """Write how points z (N, 2) lie against the prior N(0, I): in the plane, and each coordinate by itself."""
-    z = z.numpy()
-    limit = max(4.0, float(np.quantile(abs(z), 0.999)))
-    at = np.linspace(-limit, limit, 200)
-    density = np.exp(-(at**2) / 2) / (2 * np.pi) ** 0.5
-    with new_figure(path, WIDTH, 2.2, 1, 3) as (_, (plane, *sides)):
-        plane.hist2d(*z.T, bins=80, range=[[-limit, limit]] * 2, cmap="Blues", norm=LogNorm())
-        for probability, line in ((0.5, "-"), (0.9, "--"), (0.99, ":")):
-            radius = (-2 * np.log(1 - probability)) ** 0.5
-            plane.add_patch(Circle((0, 0), radius, fill=False, linestyle=line, edgecolor=COLORS[1]))
-            box = {"pad": 1, "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
-            plane.text(0, -radius, f"{probability:.0%}", ha="center", va="center", bbox=box)
-        plane.set(xlabel="$z_1$", ylabel="$z_2$", title="share of the prior in a circle", aspect="equal")
-        for axis, values, xlabel in zip(sides, z.T, ("$z_1$", "$z_2$")):
-            style = {"range": (-limit, limit), "density": True, "histtype": "stepfilled", "alpha": 0.6}
-            axis.hist(values, 80, label="aggregated posterior", **style)
-            axis.plot(at, density, color=COLORS[1], label="prior")
-            axis.set(xlabel=xlabel, ylabel="density")
-        _draw_legend(sides[0])
 
 
 def save_curves(path, x, panels, xlabel="epoch", smooth=1, log=()):

@@ -9,10 +9,11 @@ import time
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 from tqdm import tqdm
 
 from utils import checkpoint, files, machine, parallel
-from utils.data import DATASETS, batches
+from utils.data import DATASETS
 from utils.files import UserError
 from utils.hyperparameters import hyperparameters
 
@@ -63,11 +64,6 @@ class Run:
         """Whether no batch has been trained on yet."""
         return self._epoch == self._batch == 0
 
-    @property
-    def history(self):
-        """The table "losses"."""
-        return self.tables["losses"]
-
     def arguments(self, function):
         """Return the run's values of the hyperparameters that are arguments of the function."""
         return {name: self.options[name] for name in hyperparameters(function)}
@@ -76,10 +72,6 @@ class Run:
         """Return the tensors, or in a dry run only the first batches of them."""
         count = DRY_RUN_BATCHES * self.options["batch_size"]
         return tuple(each[:count] if self.args.dry_run else each for each in tensors)
-
-    def autocast(self, precision="auto"):
-        """Return the context in which convolutions run in bfloat16; see `machine.autocast`."""
-        return machine.autocast(self.device, precision)
 
     def track(self, **tracked):
         """Name everything that training changes, so that checkpoints hold it; with --resume restore it now.
@@ -135,7 +127,10 @@ class Run:
         """
         # The factor keeps two pairs of seed and epoch from sharing an order.
         order = torch.Generator().manual_seed((self.args.seed * 100_003 + self._epoch) % 2**63)
-        loader = batches(*tensors, batch_size=batch_size, generator=order)
+        dataset = TensorDataset(*tensors)
+        # A batch is one indexing operation.
+        sampler = BatchSampler(RandomSampler(dataset, generator=order), batch_size, drop_last=False)
+        loader = DataLoader(dataset, sampler=sampler, batch_size=None, generator=order)
         silent = None if parallel.is_first() else True
         with tqdm(
             loader, self._title(self._epoch + 1), unit="batch", disable=silent, leave=False
@@ -253,10 +248,8 @@ class Run:
 
     def _identity(self):
         """Return what a checkpoint must share with the run that resumes it."""
-        flags = {
-            key: getattr(self.args, key) for key in ("seed", "minutes", "dry_run", "held_out", "dataset")
-        }
-        return {**self.options, **flags}
+        flags = ("seed", "minutes", "dry_run", "held_out", "dataset")
+        return {**self.options, **{name: getattr(self.args, name) for name in flags}}
 
     def _save(self):
         tracked = {name: each.state_dict() for name, each in self._tracked.items()}
@@ -300,9 +293,7 @@ class Run:
             self.snapshots = content["snapshots"]
             machine.set_random_states(content["random"], self.device)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
-            raise UserError(
-                f"{path} does not fit this version of the script: begin anew with --restart"
-            ) from None
+            raise UserError(f"{path} does not fit this version: begin anew with --restart") from None
 
     def _elapsed(self):
         """Return the seconds of training so far, over all resumptions."""

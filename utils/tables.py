@@ -74,12 +74,8 @@ def load_runs(root, paths):
     """Return the finished runs by folder below results/: the content of config.json, with the metrics."""
     runs = {}
     for path in paths:
-        metrics = path.with_name("metrics.json")
-        if (
-            path.name == "config.json"
-            and metrics in paths
-            and not {"ablation", "ablation_dropped", "seeds"} & {*path.parts}
-        ):
+        metrics, of_several = path.with_name("metrics.json"), {"ablation", "ablation_dropped", "seeds"}
+        if path.name == "config.json" and metrics in paths and not of_several & {*path.parts}:
             run = {**json.loads(path.read_text()), "metrics": json.loads(metrics.read_text())}
             runs[path.parent.relative_to(root / "results").as_posix()] = run
     return runs

@@ -5,6 +5,7 @@ It learns from grey digits and from both binarisations, shifted by up to a pixel
 It writes the files of any run, and floors.json with the metrics of 10,000 real images, into results/classifier/.
 """
 
+import math
 import sys
 from typing import Annotated
 
@@ -12,8 +13,8 @@ import torch
 from torch.nn import functional as F
 
 from models.classifier import Classifier
-from utils import cli, files, plotting
-from utils.data import NUM_HELD_OUT, batches, binarize
+from utils import cli, files, machine, plotting
+from utils.data import NUM_HELD_OUT, binarize
 from utils.metrics import CHUNK, CLASSIFIER_STEP, NUM_SIGMA_IMAGES, compare
 
 ENCODINGS = ("none", "threshold", "stochastic")
@@ -32,7 +33,7 @@ def train(
 ):
     """Minimise the cross-entropy over uint8 images; every batch has one of the encodings and one shift."""
     optimizer = torch.optim.Adam(classifier.parameters())
-    steps = num_epochs * len(batches(*train_set, batch_size=batch_size))
+    steps = num_epochs * math.ceil(len(train_set[0]) / batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps)
     run.track(classifier=classifier, optimizer=optimizer, schedule=schedule)
 
@@ -41,7 +42,7 @@ def train(
             encoding = ENCODINGS[torch.randint(len(ENCODINGS), ())]
             shift = torch.randint(-LARGEST_SHIFT, LARGEST_SHIFT + 1, (2,)).tolist()
             x = binarize(images, encoding).roll(shift, (2, 3))
-            with run.autocast():
+            with machine.autocast(run.device, "auto"):
                 logits = classifier(x)
             loss = F.cross_entropy(logits.float(), labels)
             optimizer.zero_grad()
@@ -70,9 +71,9 @@ def train_and_evaluate(run, train_set, test_set):
     classifier = Classifier().to(run.device, memory_format=torch.channels_last)
     train(run, classifier, train_set, test_set, **run.options)
     run.save_model(classifier)
-    loss = ("cross-entropy (nats)", {"training": run.history["loss"]}, {})
-    share = ("accuracy", {"test, grey": run.history["accuracy"]}, {})
-    run.draw("loss.png", plotting.save_curves, run.history["epoch"], [loss, share], log=loss[:1])
+    loss = ("cross-entropy (nats)", {"training": run.tables["losses"]["loss"]}, {})
+    share = ("accuracy", {"test, grey": run.tables["losses"]["accuracy"]}, {})
+    run.draw("loss.png", plotting.save_curves, run.tables["losses"]["epoch"], [loss, share], log=loss[:1])
 
     count, formula = len(test_set[0]), "the likeliest digit is the label"
     parts = train_set[0][:count], train_set[0][-NUM_HELD_OUT:][:NUM_SIGMA_IMAGES], test_set[0]

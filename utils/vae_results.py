@@ -57,7 +57,7 @@ def decode_images(model, z):
 
 def decode_plane(model, side):
     """Decode a grid of quantiles of the prior, (side^2, 1, 28, 28): z_1 to the right, z_2 upwards, further z_j = 0."""
-    quantiles = plotting.gaussian_quantiles(side)
+    quantiles = torch.distributions.Normal(0.0, 1.0).icdf((torch.arange(side) + 0.5) / side)
     z = torch.zeros(side * side, model.z_size)
     z[:, 0] = quantiles.repeat(side)
     z[:, 1] = quantiles.flip(0).repeat_interleave(side)
@@ -80,19 +80,10 @@ def draw_losses(path, history):
     plotting.save_curves(path, history["epoch"], panels, log=["epoch"])
 
 
-def draw_samples(run, model):
-    """Draw samples.png: digits decoded from the prior."""
+def draw_figures(run, model, images, labels):
+    """Draw samples, reconstructions and the latent space; images (N, 1, 28, 28) are uint8 test images."""
     samples = model.sample(run.args.count or NUM_SAMPLES, torch.Generator().manual_seed(run.args.seed))
     run.draw("samples.png", plotting.save_images, samples, COLUMNS)
-
-
-def draw_latent_plane(path, model, side):
-    """Draw the latent plane as side x side images, with the axes z_1 and z_2."""
-    plotting.save(plotting.draw_latent_plane(decode_plane(model, side), side), path, vector=False)
-
-
-def draw_figures(run, model, images, labels):
-    """Draw the figures of reconstructions and of the latent space; images (N, 1, 28, 28) are uint8 test images."""
     means = posterior_means(model, images)
     decoded = decode_images(model, means)
     x = to_unit(images)
@@ -105,7 +96,6 @@ def draw_figures(run, model, images, labels):
         run.draw("training.gif", figures.save_training_gif, run.snapshots, SNAPSHOT_SIDE)
     points, title = means[:, :2].cpu(), "posterior means of the test digits"
     run.draw("latent_means.png", plotting.save_scatter, points, labels.cpu(), title)
-    run.draw("posterior.png", draw_posterior, model, images, run.args.seed)
     if metrics.load_classifier(dataset=run.args.dataset):
         digits = metrics.classify(decode_plane(model, FINE_SIDE), run.args.dataset)
         where = PLANE_SIDE, digits.reshape(FINE_SIDE, FINE_SIDE)
@@ -144,16 +134,6 @@ def typical(means, labels, digit):
     """Return the index of the image of a digit whose posterior mean is nearest to the median of that digit."""
     chosen = (labels == digit).nonzero().flatten()
     return chosen[(means[chosen] - means[chosen].median(0).values).norm(dim=1).argmin()].item()
-
-
-@torch.no_grad()
-def draw_posterior(path, model, images, seed):
-    """Draw the aggregated posterior of the images and the prior, for the first two latent dimensions."""
-    mean, logvar = model.encode(to_unit(images))
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed a GPU as well
-        z = model.reparameterize(mean.cpu(), logvar.cpu())
-    plotting.save_posterior(path, z[:, :2])
 
 
 def draw_ablation(folder, folders, variants, default_kl_coeff, load_model):
@@ -214,23 +194,19 @@ def bounds(run, model, images, how, sizes):
             values.setdefault(name, []).append(value)
     more = dict(pixels=pixels, draws=NUM_DRAWS, **sizes)
     settings = dict(bound=dict(samples=num_samples), nll=dict(grid_spacing=spacing))
-    return {
-        f"test_{name}{suffix}": files.metric(
-            torch.tensor(draws, dtype=torch.float64),
-            "nats per image",
-            FORMULAS[name],
-            **settings.get(name, {}),
-            **more,
-        )
-        for name, draws in values.items()
-    }
+    results = {}
+    for name, draws in values.items():
+        draws = torch.tensor(draws, dtype=torch.float64)
+        protocol = {**settings.get(name, {}), **more}
+        results[f"test_{name}{suffix}"] = files.metric(draws, "nats per image", FORMULAS[name], **protocol)
+    return results
 
 
 def representation_metrics(model, train_set, test_set, thorough, dataset, sizes):
     """Return what the posterior means keep: latent dimensions in use, the label by nearest neighbour and classifier."""
     (train_images, train_labels), (images, labels) = train_set, test_set
     means, train_means = posterior_means(model, images), posterior_means(model, train_images)
-    unit = f"latent dimensions of {model.z_size}"
+    unit, share = f"latent dimensions of {model.z_size}", "share of test images"
     formula = "variance over the grey test images of the posterior mean > 0.01"
     results = {"active_units": files.metric(float(active_units(means)), unit, formula, **sizes)}
     spaces = {"": ("posterior means, of grey images", means, train_means)}
@@ -239,11 +215,9 @@ def representation_metrics(model, train_set, test_set, thorough, dataset, sizes)
     for suffix, (what, points, references) in spaces.items():
         correct = train_labels[metrics.nearest(points, references)] == labels
         formula = f"the nearest training image has the same label, by Euclidean distance of {what}"
-        results[f"neighbour_accuracy{suffix}"] = files.metric(
-            correct, "share of test images", formula, **sizes
-        )
+        results[f"neighbour_accuracy{suffix}"] = files.metric(correct, share, formula, **sizes)
     if metrics.load_classifier(dataset=dataset):
         correct = metrics.classify(decode_images(model, means), dataset) == labels.cpu()
         formula = "the digit classifier sees the label in the image decoded from the posterior mean"
-        results["reconstruction_accuracy"] = files.metric(correct, "share of test images", formula, **sizes)
+        results["reconstruction_accuracy"] = files.metric(correct, share, formula, **sizes)
     return results

@@ -40,7 +40,6 @@ HEADINGS = dict(
 # Folder, model, metric, its name, and what others have published.
 HEADLINES = [
     ("step1_gan", "GAN", "frechet_distance", "Fréchet distance", "none with this classifier"),
-    ("step1_gan", "GAN", "classifier_score", "classifier score", "none with this classifier"),
     ("step1_gan", "GAN", "parzen", "Parzen log-likelihood",
      "[225](https://arxiv.org/abs/1406.2661) GAN, [340](https://arxiv.org/abs/1511.05644) adversarial autoencoder"),
     ("step2_pixelcnn", "PixelCNN", "test_nll", "test NLL, thresholded pixels",

@@ -1,7 +1,10 @@
 """Step 1: a generative adversarial network on MNIST (Goodfellow et al. 2014, arXiv 1406.2661).
 
-Two fully connected networks play the game of the assignment's Eq. 1. The discriminator learns to tell real
-images from generated ones, and the generator learns to fool it.
+Two fully connected networks play the game of the assignment's Eq. 1,
+
+    min_G max_D  E[log D(x)] + E[log(1 - D(G(z)))].
+
+The discriminator D learns to tell real images x from generated ones G(z), and the generator G learns to fool it.
 
     python hw2_step1_main.py                       train with the defaults below
     python hw2_step1_main.py --dry-run             train on a few batches, to look around
@@ -10,7 +13,7 @@ images from generated ones, and the generator learns to fool it.
     python hw2_step1_main.py --ablation            train the default with three seeds, each variant with two
 
 Writes into results/step1_gan/:
-    loss.png                    both losses, D(x) and D(G(z)) over the epochs, and their optima
+    loss.png                    both losses, D(x) and D(G(z)) over the epochs, and their values for p_g = p_data
     samples.png                 images of the trained generator
     quality.png                 metrics of the samples over the epochs
     samples_by_epoch.png        images of the same noise, from before the training to its end
@@ -87,7 +90,8 @@ VARIANTS = {
 }
 
 
-# Each argument after * is also a flag: Annotated gives its type and its --help text.
+# Each argument after * is also a flag (num_epochs is --epochs). Annotated has its type, its --help text and sometimes
+# a range. NETWORK puts it under that heading of --help. Fraction is a number from 0 to 1 (utils/hyperparameters.py).
 def train_main_loop(
     run,
     images,
@@ -96,29 +100,29 @@ def train_main_loop(
     batch_size: Annotated[int, "images in a batch"] = 32,
     d_learning_rate: Annotated[float, "learning rate of the discriminator"] = 1e-3,
     g_learning_rate: Annotated[float, "learning rate of the generator"] = 1e-3,
-    d_freq: Annotated[int, "updates of the discriminator for one of the generator"] = 1,
+    d_freq: Annotated[int, "updates of the discriminator for each of the generator"] = 1,
     loss: Annotated[
         Literal["non-saturating", "saturating", "relativistic"], "kind of loss"
     ] = "non-saturating",
     penalty: Annotated[float, "weight of the gradient penalty R1 + R2"] = 0.01,
-    penalty_every: Annotated[int, "discriminator updates for one with the penalty"] = 4,
-    ema_decay: Annotated[Fraction, "decay of the average of the generator's weights"] = 0.9998,
-    dropout: Annotated[Fraction, "dropout in the discriminator", NETWORK] = 0.1,
-    dim_z: Annotated[int, "dimensions of the noise", NETWORK] = 16,
-    g_channels: Annotated[tuple[int, ...], "units of the generator's layers", NETWORK] = (64, 128, 256),
-    d_channels: Annotated[tuple[int, ...], "units of the discriminator's", NETWORK] = (256, 128, 64),
+    penalty_every: Annotated[int, "every n-th update of the discriminator has the penalty"] = 4,
+    ema_decay: Annotated[Fraction, "decay of the average of the generator's weights; 0: none"] = 0.9998,
+    dropout: Annotated[Fraction, "dropout in the discriminator D", NETWORK] = 0.1,
+    dim_z: Annotated[int, "dimensions of the noise z", NETWORK] = 16,
+    g_channels: Annotated[tuple[int, ...], "units of G's hidden layers", NETWORK] = (64, 128, 256),
+    d_channels: Annotated[tuple[int, ...], "units of D's hidden layers", NETWORK] = (256, 128, 64),
 ):
     """Train on uint8 images (N, 1, 28, 28); return the generator with averaged (EMA) weights."""
     generator = Generator(dim_z, g_channels).to(run.device)
     discriminator = Discriminator(d_channels, dropout).to(run.device)
     # ema.module is a copy of the generator whose weights are a moving average. It draws better samples.
     ema = AveragedModel(generator, avg_fn=ema_with_warm_up(ema_decay))
-    adam = dict(betas=(0.5, 0.999), fused=True)
+    adam = dict(betas=(0.5, 0.999), fused=True)  # betas of Radford et al. 2016, arXiv 1511.06434
     g_optimizer = torch.optim.Adam(generator.parameters(), g_learning_rate, **adam)
     d_optimizer = torch.optim.Adam(discriminator.parameters(), d_learning_rate, **adam)
     criterion = nn.BCEWithLogitsLoss()
-    # A checkpoint saves what run.track names. The loops over run.epochs and run.batches count and shuffle, and
-    # save a checkpoint after each epoch. The losses go to run.record, which averages them and stops at NaN.
+    # `run` (utils/run.py) shuffles the images, counts batches from 1 in run.iteration, averages what run.record gets
+    # and stops at NaN. After each epoch it saves a checkpoint of what run.track names. It is new unless resumed.
     run.track(
         generator=generator,
         discriminator=discriminator,
@@ -132,19 +136,19 @@ def train_main_loop(
     for epoch in run.epochs(num_epochs):
         for (batch,) in run.batches(images, batch_size=batch_size):
             x = to_symmetric(batch)
-            fake_images = generator(torch.randn(len(x), dim_z, device=run.device))
-            # The penalty costs a second backward pass, so only every few updates have it, with a larger weight.
-            weight = penalty * penalty_every if run.iteration % penalty_every == 0 else 0.0
+            fake_images = generator(torch.randn(len(x), dim_z, device=run.device))  # D's step detaches them
+            # The penalty costs a second backward pass. So few updates have it, with more weight (lazy regularisation).
+            penalty_weight = penalty * penalty_every if run.iteration % penalty_every == 0 else 0.0
             d_loss, outputs_real, outputs_fake, _ = train_discriminator(
                 discriminator, d_optimizer, x, fake_images, criterion, run.device,
-                relativistic=loss == "relativistic", penalty=weight,
+                relativistic=(loss == "relativistic"), penalty=penalty_weight,
             )  # fmt: skip
             g_loss = None
             if run.iteration % d_freq == 0:
                 # g_optimizer holds the generator's weights alone, so D stays as it is.
                 g_loss, _ = train_generator(
                     generator, g_optimizer, discriminator(fake_images), criterion, run.device,
-                    saturating=loss == "saturating",
+                    saturating=(loss == "saturating"),
                     outputs_real=discriminator(x) if loss == "relativistic" else None,
                 )  # fmt: skip
                 ema.update_parameters(generator)
@@ -185,7 +189,7 @@ def monitor_images(run, generator, epoch):
 
 
 def monitor_losses(run):
-    """Draw loss.png: the losses and mean outputs of D, beside their optima for p_g = p_data."""
+    """Draw loss.png: the losses and mean outputs of D, beside their values for p_g = p_data."""
     run.draw("loss.png", gan_results.draw_losses, run.tables["losses"], run.options)
 
 

@@ -40,7 +40,7 @@ from models.AR import ConditionalPixelCNN, PixelCNN
 from utils import cli, data, files, machine, parallel, pixelcnn_results
 from utils.hyperparameters import Fraction
 from utils.muon import Muon
-from utils.pixelcnn_results import bits_per_pixel, evaluate, inputs
+from utils.pixelcnn_results import bits_per_pixel, evaluate, network_inputs
 
 STEP, CONDITIONAL_STEP = "step2_pixelcnn", "step2_conditional_pixelcnn"
 
@@ -70,7 +70,8 @@ VARIANTS = {
 NOT_COMPARABLE = ("stochastic", "long", "large")
 
 
-# Each argument after * is also a flag: Annotated gives its type and its --help text.
+# Each argument after * is also a flag (num_epochs is --epochs). Annotated has its type, its --help text and sometimes
+# a range. NETWORK puts it under that heading of --help. Fraction is a number from 0 to 1 (utils/hyperparameters.py).
 def train(
     run,
     network,
@@ -80,7 +81,7 @@ def train(
     num_epochs: Annotated[int, "passes over the training images"] = 3,
     batch_size: Annotated[int, "images in a batch"] = 32,
     learning_rate: Annotated[float, "peak learning rate of Adam"] = 3e-3,
-    muon_rate: Annotated[Optional[float], "peak rate of Muon for the kernels, none for Adam"] = 0.02,
+    muon_rate: Annotated[Optional[float], "peak rate of Muon; none: Adam trains all weights"] = 0.02,
     warm_up: Annotated[int, "steps in which the learning rates rise"] = 200,
     clip_norm: Annotated[float, "longer gradients are scaled down to this norm"] = 50.0,
     binarize: Annotated[
@@ -99,12 +100,12 @@ def train(
         linear_fall = 1 - run.fraction_done(step / num_steps)  # with --minutes, a fraction of the time
         return min(linear_rise, linear_fall)
 
-    kernels, others = split_parameters(network)
+    kernels, others = split_parameters(network)  # for Muon and for Adam, see utils/muon.py
     optimizer = Muon(kernels, others, muon_rate, learning_rate)
     schedule = LambdaLR(optimizer, rate_factor)
     criterion = nn.BCEWithLogitsLoss(reduction="sum")
-    # A checkpoint saves what run.track names. The loops over run.epochs and run.batches count and shuffle, and
-    # save a checkpoint after each epoch. The losses go to run.record, which averages them and stops at NaN.
+    # `run` (utils/run.py) shuffles the images, counts batches from 1 in run.iteration, averages what run.record gets
+    # and stops at NaN. After each epoch it saves a checkpoint of what run.track names. It is new unless resumed.
     run.track(network=network, optimizer=optimizer, schedule=schedule)
     parallel_network = parallel.wrap(network)  # the network itself, unless torchrun started several processes
     if run.is_new:
@@ -117,8 +118,9 @@ def train(
             x = data.binarize(images, binarize)
             x, labels = parallel.shard(x, labels)  # this process's part
             with machine.autocast(run.device, precision):
-                logits = parallel_network(*inputs(network, x, labels))  # x, or x and one-hot labels
-            # In nats per image. With n processes the gradients are averaged, and the factor n makes that a sum.
+                # x is input and target at once: the masks hide each pixel from its own prediction.
+                logits = parallel_network(*network_inputs(network, x, labels))  # x, or x and one-hot labels
+            # The mean NLL of an image, in nats. n processes average their gradients, and the factor n makes that a sum.
             loss = parallel.num_processes() * criterion(logits.float(), x) / len(images)
             optimizer.zero_grad()
             loss.backward()
@@ -157,16 +159,18 @@ def build_network(conditional, **architecture):
 
 
 def load_model(path, device="cpu", steps=(STEP, CONDITIONAL_STEP)):
-    """Return the network of a model.pt of one of these steps, plain or conditional, in eval mode."""
+    """Return the network of a model.pt of one of these steps, unconditional or conditional, in eval mode."""
     return files.load_network(path, steps, build_network, device)
 
 
 def train_and_evaluate(run, train_set, test_set):
     conditional = run.args.conditional
-    test_images = run.limit(*test_set)  # with labels; a few batches in a dry run
-    architecture = run.arguments(PixelCNN)
+    test_subset = run.limit(*test_set)  # all of it; a few batches in a dry run
+    architecture = run.arguments(
+        PixelCNN
+    )  # those hyperparameters of run.options that are arguments of PixelCNN
     network = build_network(conditional, **architecture).to(run.device, memory_format=torch.channels_last)
-    train(run, network, train_set, test_images, **run.arguments(train))
+    train(run, network, train_set, test_subset, **run.arguments(train))
     is_first = parallel.leave()
     if not is_first:
         return
@@ -174,7 +178,7 @@ def train_and_evaluate(run, train_set, test_set):
     run.save_model(network, conditional=conditional, **architecture)
     run.draw("loss.png", pixelcnn_results.draw_losses, run.tables["losses"], run.options["binarize"])
     pixelcnn_results.draw_samples(run, network, test_set, load_unconditional(run))
-    pixelcnn_results.write_metrics(run, network, train_set, test_images)
+    pixelcnn_results.write_metrics(run, network, train_set, test_subset)
 
 
 def sample(run, path, test_set):

@@ -1,6 +1,8 @@
 """Step 3: a variational autoencoder on MNIST (Kingma & Welling 2014, arXiv 1312.6114).
 
-Encoder and decoder are trained together on the evidence lower bound (ELBO) of Eq. 2.
+Encoder q(z|x) and decoder p(x|z) are trained together on the evidence lower bound, Eq. 2 of the assignment:
+
+    ELBO = E_q[log p(x|z)] - KL(q(z|x) || p(z)).
 
     python hw2_step3_main.py                                   train with the defaults below
     python hw2_step3_main.py --dry-run                         train on a few batches, to look around
@@ -81,16 +83,17 @@ NOT_COMPARABLE = ("long-20", "grey-20")  # left out of --ablation, whose trainin
 
 
 def loss_func(model, x, coeff):
-    """Return the negative ELBO of Eq. 2, reconstruction + coeff * KL: a scalar, in nats per image.
+    """Return reconstruction + coeff * KL in nats per image, for coeff = 1 the negative ELBO of Eq. 2.
 
-    Both terms are summed over pixels or latent dimensions, and averaged over the images x, (N, 1, 28, 28) or
-    (N, 784) in [0, 1].
+    Other weights make it the loss of a beta-VAE (Higgins et al. 2017). Both terms are summed over pixels or latent
+    dimensions, and averaged over the images x, (N, 1, 28, 28) or (N, 784) in [0, 1].
     """
     reconstruction, kl = loss_terms(model, x)
     return reconstruction + coeff * kl
 
 
-# Each argument after * is also a flag: Annotated gives its type and its --help text.
+# Each argument after * is also a flag (num_epochs is --epochs). Annotated has its type, its --help text and sometimes
+# a range. NETWORK puts it under that heading of --help. Fraction is a number from 0 to 1 (utils/hyperparameters.py).
 def train(
     run,
     train_set,
@@ -99,16 +102,20 @@ def train(
     num_epochs: Annotated[int, "passes over the training images"] = 120,
     batch_size: Annotated[int, "images in a batch"] = 128,
     learning_rate: Annotated[float, "learning rate of Adam, falling to zero along a cosine"] = 3e-3,
-    clip_norm: Annotated[float, "largest norm of the gradient, in nats per image"] = 200.0,
-    kl_coeff: Annotated[float, "weight of the KL term; 1 is the ELBO"] = 1.0,
-    kl_warm_up: Annotated[Fraction, "share of the training in which that weight rises from zero"] = 0.0,
+    clip_norm: Annotated[float, "longer gradients are scaled down to this norm"] = 200.0,
+    kl_coeff: Annotated[float, "weight of the KL term; with 1 the loss is -ELBO"] = 1.0,
+    kl_warm_up: Annotated[Fraction, "share of the training in which kl_coeff rises from 0"] = 0.0,
     binarize: Annotated[
-        Literal["stochastic", "threshold", "none"], "Bernoulli(x), x > 0.5, x"
+        Literal["stochastic", "threshold", "none"], "draws of Bernoulli(x), x > 0.5, or x"
     ] = "stochastic",
     distorted: Annotated[Fraction, "share of training images that are rotated, scaled and sheared"] = 0.0,
-    distorted_until: Annotated[Fraction, "share of the training with distorted images"] = 0.9,
+    distorted_until: Annotated[Fraction, "share of the training after which no image is distorted"] = 0.9,
     latent_dim: Annotated[int, Range(2), "latent dimensions, two for the latent plane", NETWORK] = 2,
-    hidden_dims: Annotated[tuple[int, ...], "units of the encoder's layers", NETWORK] = (256, 256, 256),
+    hidden_dims: Annotated[tuple[int, ...], "units of the encoder's hidden layers", NETWORK] = (
+        256,
+        256,
+        256,
+    ),
 ):
     """Minimise `loss_func` over uint8 images (N, 1, 28, 28); return the model."""
     train_images, _ = train_set
@@ -118,8 +125,8 @@ def train(
     schedule = LambdaLR(
         optimizer, lambda step: (1 + math.cos(math.pi * run.fraction_done(step / num_steps))) / 2
     )
-    # A checkpoint saves what run.track names. The loops over run.epochs and run.batches count and shuffle, and
-    # save a checkpoint after each epoch. The losses go to run.record, which averages them and stops at NaN.
+    # `run` (utils/run.py) shuffles the images, counts batches from 1 in run.iteration, averages what run.record gets
+    # and stops at NaN. After each epoch it saves a checkpoint of what run.track names. It is new unless resumed.
     run.track(model=model, optimizer=optimizer, schedule=schedule)
     if run.is_new:
         log_epoch(run, model, train_set, test_set, epoch=0)
@@ -164,7 +171,7 @@ def log_epoch(run, model, train_set, test_set, epoch):
 
 
 def plot_latent_images(model, path="latent_plane.png", n=vae_results.PLANE_SIDE, device=None):
-    """Draw the latent plane, decoded at n x n quantiles of the prior. The model's own device is used."""
+    """Draw the latent plane, decoded at n x n quantiles of the prior. `device` is not used."""
     figure = plotting.draw_latent_plane(vae_results.decode_plane(model, n), n)
     plotting.save(figure, path, vector=False)
 
@@ -175,13 +182,13 @@ def load_model(path, device="cpu"):
 
 
 def train_and_evaluate(run, train_set, test_set):
-    few = run.limit(*test_set)
-    model = train(run, train_set, few, **run.options).eval()
-    hidden_dims = [*run.options["hidden_dims"], 2 * run.options["latent_dim"]]
-    run.save_model(model, input_dim=NUM_PIXELS, hidden_dims=hidden_dims)
+    test_subset = run.limit(*test_set)  # all of it; a few batches in a dry run
+    model = train(run, train_set, test_subset, **run.options).eval()
+    encoder_dims = [*run.options["hidden_dims"], 2 * run.options["latent_dim"]]
+    run.save_model(model, input_dim=NUM_PIXELS, hidden_dims=encoder_dims)
     run.draw("loss.png", vae_results.draw_losses, run.tables["losses"])
     draw_figures(run, model, test_set)
-    vae_results.write_metrics(run, model, train_set, few)
+    vae_results.write_metrics(run, model, train_set, test_subset)
 
 
 def draw_figures(run, model, test_set):

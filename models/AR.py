@@ -1,4 +1,4 @@
-"""PixelCNN, plain and class-conditional, for binary images.
+"""PixelCNN, unconditional and class-conditional, for binary images.
 
 Each pixel is predicted from the pixels before it in raster order: p(x) = prod_i p(x_i | x_1, ..., x_{i-1}).
 Masked convolutions give the logits (van den Oord et al. 2016a, "Pixel Recurrent Neural Networks", arXiv
@@ -38,7 +38,8 @@ class MaskedConv2d(nn.Conv2d):
 
     def forward(self, x):
         """Convolve (N, in_channels, H, W) to (N, out_channels, H', W'); the kernel is weight * mask."""
-        # The rows below the centre are zero. Without them a 5 x 5 kernel takes 3/5 of the time.
+        # The same as F.conv2d(x, self.weight * self.mask, self.bias, self.stride, self.padding), but without the rows
+        # below the centre, which are zero. So a 5 x 5 kernel takes 3/5 of the time.
         weight = self.visible_weight()
         hidden_rows = self.kernel_size[0] - weight.shape[2]
         top, side = self.padding
@@ -58,7 +59,7 @@ class MaskedConv2d(nn.Conv2d):
 
 
 class ConditionalMaskedConv2d(MaskedConv2d):
-    """Masked convolution with a bias for each class, W * x + b + V y (2016b, section 2.3)."""
+    """Masked convolution with a bias for each class, W * x + b + V y, where * convolves (2016b, section 2.3)."""
 
     def __init__(
         self, mask_type, in_channels, out_channels, kernel_size, num_classes, stride=1, padding=0, bias=True
@@ -77,10 +78,10 @@ class ConditionalMaskedConv2d(MaskedConv2d):
 class PixelCNN(nn.Module):
     """Stack of masked convolutions that gives the logit of every pixel, given the pixels before it.
 
-    A type-A layer, blocks of type-B layers, and a head of two 1 x 1 layers. A block is a k x k layer and, if
-    `pointwise`, a 1 x 1 layer, much as in 2016a, fig. 5. A 'plain' block replaces its input h by block(h). A 'residual' one adds
-    block(h) to h. A 'gated' one adds a * sigmoid(b), where a and b are the halves of block(h) (2016b, Eq. 2,
-    without tanh). An argument out of its range raises ValueError.
+    A type-A layer, blocks of type-B layers, and a head of two 1 x 1 layers, whose mask B hides nothing. A block is a
+    k x k layer and, if `pointwise`, a 1 x 1 layer, much as in 2016a, fig. 5. A 'plain' block replaces its input h by
+    block(h). A 'residual' one adds block(h) to h. A 'gated' one adds a * sigmoid(b), where a and b are the halves of
+    block(h) (2016b, Eq. 2, without tanh). An argument out of its range raises ValueError.
     """
 
     def __init__(
@@ -134,9 +135,9 @@ class PixelCNN(nn.Module):
         return self.logits(x, lambda layer, h: layer(h), self.position_vectors(*x.shape[2:]))
 
     def logits(self, x, convolve, position):
-        """Run the network with `convolve(layer, h)` for each masked layer; `position` is (channels, H, W).
+        """Run the network; `convolve(layer, h)` is layer(h) in training, and `position` is (channels, H, W).
 
-        All other operations act on each pixel by itself. So the sampler can run them on a single pixel.
+        The cached sampler passes another `convolve`, for a single pixel: all else acts on each pixel by itself.
         """
         h = convolve(self.first, x)
         h = h + position.to(h.dtype)  # h may be bfloat16
@@ -152,7 +153,7 @@ class PixelCNN(nn.Module):
         return h
 
     def position_vectors(self, height, width):
-        """Return a vector for each pixel, (channels, height, width); past 28 x 28, of the nearest inside."""
+        """Return a vector for each pixel, (channels, height, width); past 28 x 28, that of the nearest pixel inside."""
         if self.position is None:
             return self.first.weight.new_zeros(1, height, width)
         _, rows, columns = self.position.shape
@@ -163,7 +164,7 @@ class PixelCNN(nn.Module):
         """Draw images in {0, 1}, (num_samples, 1, 28, 28), pixel by pixel in raster order, in eval mode.
 
         Args:
-            generator: CPU `torch.Generator`, by default a new one with seed 0. The global state stays.
+            generator: CPU `torch.Generator`, by default a new one with seed 0.
             cached: compute each feature once. Otherwise run the whole network for every pixel, which is slow.
                 Both draw the same images, except for ties within rounding.
             given: uppermost rows of the images to complete, (num_samples, 1, rows, 28) in {0, 1}.

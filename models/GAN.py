@@ -27,7 +27,7 @@ class Discriminator(nn.Module):
 
 
 class Generator(nn.Module):
-    """Network that turns noise of `dim_z` dimensions into an image."""
+    """Network that turns noise of `dim_z` dimensions (100 in the handout) into an image."""
 
     def __init__(self, dim_z=100, channels=(64, 128, 256)):
         if dim_z < 1:
@@ -44,7 +44,7 @@ class Generator(nn.Module):
     def sample(self, num_samples, generator=None):
         """Draw images in [0, 1], (num_samples, 1, 28, 28).
 
-        `generator` is a CPU `torch.Generator`, by default a new one with seed 0. The global state stays.
+        `generator` draws the noise, a CPU `torch.Generator`, by default a new one with seed 0.
         """
         generator = generator or torch.Generator().manual_seed(0)
         z = torch.randn(num_samples, self.dim_z, generator=generator)
@@ -57,8 +57,8 @@ def _linear_layers(inputs, channels, outputs, dropout=None):
     if len(channels) == 0 or min(channels) < 1:
         raise ValueError(f"channels must list one or more hidden layers with at least 1 unit, not {channels}")
     layers = []
-    for width, units in zip([inputs, *channels], channels):
-        layers += [nn.Linear(width, units), nn.LeakyReLU(LEAKY_SLOPE)]
+    for previous, units in zip([inputs, *channels], channels):
+        layers += [nn.Linear(previous, units), nn.LeakyReLU(LEAKY_SLOPE)]
         if dropout is not None:
             layers.append(nn.Dropout(dropout))
     return [*layers, nn.Linear(channels[-1], outputs)]
@@ -73,12 +73,13 @@ def train_discriminator(
         images: real images, (N, 1, 28, 28) or (N, 784), in [-1, 1].
         fake_images: generated images, (N, 784). No gradient reaches the generator.
         criterion: mean binary cross-entropy on logits, `torch.nn.BCEWithLogitsLoss()`.
-        relativistic: replace the logit of each image by its difference to the logit of an image of the other
-            kind (Huang et al. 2024, arXiv 2501.05441, section 2.1).
-        penalty: weight of `gradient_penalty`, which the returned loss leaves out.
+        relativistic: replace each logit by that logit minus the logit of an image of the other kind (Huang et al.
+            2024, arXiv 2501.05441, section 2.1). Both terms of the loss are then equal.
+        penalty: weight of `gradient_penalty`, which is minimised as well but is no part of d_loss.
 
     Returns:
-        (d_loss, outputs_real, outputs_fake, d_loss_fake): logits (N, 1), and the loss on fake images alone.
+        (d_loss, outputs_real, outputs_fake, d_loss_fake), as in the handout: the loss, the logits (N, 1) before the
+        step, and the loss on fake images alone.
     """
     images, fake_images = images.to(device).flatten(1), fake_images.detach().to(device).flatten(1)
     sizes = [len(images), len(fake_images)]
@@ -107,8 +108,8 @@ def gradient_penalty(x, outputs, sizes):
     # Each logit depends on its own image alone, so the gradient of the sum holds the gradient of every image.
     # create_graph: it will be differentiated again.
     (gradient,) = torch.autograd.grad(outputs.sum(), x, create_graph=True)
-    real, fake = gradient.square().sum(1).split(sizes)
-    return real.mean() / 2 + fake.mean() / 2
+    squares_real, squares_fake = gradient.square().sum(1).split(sizes)
+    return squares_real.mean() / 2 + squares_fake.mean() / 2
 
 
 def train_generator(
@@ -117,12 +118,13 @@ def train_generator(
     """Take one optimiser step on -log D(G(z)), the non-saturating loss (Goodfellow et al. 2014, section 3).
 
     Args:
-        discriminator_outputs: logits D(G(z)), (N, 1), still attached to the graph of the generator.
+        generator: as in the handout, but not needed here: g_optimizer has its weights.
+        discriminator_outputs: logits of G(z), (N, 1), still attached to the graph of the generator.
         saturating: minimise log(1 - D(G(z))) instead, as in Eq. 1. Its gradient vanishes where D is sure.
         outputs_real: logits of real images, (N, 1), for the relativistic loss of `train_discriminator`.
 
     Returns:
-        (g_loss, g_loss_fake): the minimised loss, and the discriminator's loss -log(1 - D(G(z))).
+        (g_loss, g_loss_fake), as in the handout: the minimised loss, and the discriminator's -log(1 - D(G(z))).
     """
     outputs = discriminator_outputs.to(device)
     if outputs_real is not None:

@@ -53,7 +53,10 @@ class VAE_model(nn.Module):
         return self.decoder[:-1](z)
 
     def forward(self, x):
-        """Return a dict of the decoded `imgs` (N, decode_dim), and `z`, `mean`, `logvar` (N, z_size)."""
+        """Return a dict of the decoded `imgs` (N, decode_dim), and `z`, `mean`, `logvar` (N, z_size).
+
+        One z for each image estimates the expectation of Eq. 2.
+        """
         mean, logvar = self.encode(x)
         z = self.reparameterize(mean, logvar)
         return {"imgs": self.decode(z), "z": z, "mean": mean, "logvar": logvar}
@@ -62,7 +65,7 @@ class VAE_model(nn.Module):
     def sample(self, num_samples, generator=None):
         """Decode z ~ N(0, I) to Bernoulli means in [0, 1], (num_samples, 1, 28, 28), if decode_dim is 784.
 
-        `generator` is a CPU `torch.Generator`, by default a new one with seed 0. The global state stays.
+        `generator` draws z, a CPU `torch.Generator`, by default a new one with seed 0.
         """
         if self.decode_dim != math.prod(IMAGE_SHAPE):
             raise ValueError(f"the decoder gives {self.decode_dim} pixels, which are no 28 x 28 image")

@@ -46,9 +46,8 @@ def test_a_conditional_network_as_a_classifier_and_as_a_mixture(monkeypatch):
     def draw(name, function, labels, guesses, *_):
         drawn.append((name, labels.tolist(), guesses.tolist()))
 
-    run = SimpleNamespace(
-        autocast=lambda _: torch.no_grad(), options=dict(precision="float32"), draw=draw, say=print
-    )
+    options = dict(precision="float32")
+    run = SimpleNamespace(device=torch.device("cpu"), options=options, draw=draw, say=print)
     labels = torch.tensor([4, 2, 9])
     metrics = results.label_metrics(run, None, torch.zeros(3, 1, 28, 28), labels, dict(test_images=3))
     assert metrics["bayes_accuracy"]["value"] == pytest.approx(2 / 3)

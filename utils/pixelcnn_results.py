@@ -25,7 +25,7 @@ ROWS_GIVEN = 14  # of the digits to be completed
 SEEN_FROM = (14, 3)  # row and column of the pixel whose receptive field is drawn
 
 
-def inputs(network, x, labels):
+def network_inputs(network, x, labels):
     """Return the network's arguments: images x (N, 1, 28, 28), and one-hot labels if it is conditional."""
     if isinstance(network, ConditionalPixelCNN):
         return x, F.one_hot(labels, NUM_CLASSES).float()
@@ -45,7 +45,7 @@ def pixel_nll(network, x, labels, batch_size=250):
     silent = None if parallel.is_first() else True  # None: silent unless the output is a terminal
     chunks = tqdm(x.split(batch_size), "evaluation", unit="batch", disable=silent, leave=False)
     for some, their_labels in zip(chunks, labels.split(batch_size)):
-        logits = network(*inputs(network, some, their_labels)).float()
+        logits = network(*network_inputs(network, some, their_labels)).float()
         nll.append(F.binary_cross_entropy_with_logits(logits, some, reduction="none"))
     return torch.cat(nll)
 
@@ -78,7 +78,7 @@ def receptive_field(network, x, labels, pixel, batch_size=100):
     total = torch.zeros_like(x[0, 0])
     for some, their_labels in zip(x.split(batch_size), labels.split(batch_size)):
         some = some.clone().requires_grad_()
-        logits = network(*inputs(network, some, their_labels))
+        logits = network(*network_inputs(network, some, their_labels))
         (gradient,) = torch.autograd.grad(logits[:, 0, pixel[0], pixel[1]].sum(), some)
         total += gradient.abs().sum((0, 1))
     return total / len(x)
@@ -128,7 +128,7 @@ def draw_samples(run, network, test_set, unconditional=None):
 @torch.no_grad()
 def draw_drawing(path, network, samples):
     """Draw how samples, number i of the digit i, appear pixel by pixel beside the predicted probability of white."""
-    logits = network(*inputs(network, samples, torch.arange(len(samples), device=samples.device)))
+    logits = network(*network_inputs(network, samples, torch.arange(len(samples), device=samples.device)))
     panels = {"pixels drawn": samples, "predicted probability of white": logits.float().sigmoid()}
     counts = torch.arange(0, NUM_PIXELS + 1, PIXELS_A_FRAME).reshape(-1, 1, 1, 1, 1)
     drawn = torch.arange(NUM_PIXELS).reshape(28, 28) < counts  # (frames, 1, 1, 28, 28)

@@ -47,12 +47,12 @@ VARIANTS = {
         dict(g_channels=(128, 256, 512)),
     ),
     "deep-generator": (
-        "does one more layer help the generator, with 448 units in all as before?",
-        dict(g_channels=(64, 64, 128, 192)),
+        "does a fourth hidden layer help the generator?",
+        dict(g_channels=(64, 128, 256, 256)),
     ),
     "deep-discriminator": (
-        "does one more layer, with 448 units in all, make a better teacher?",
-        dict(d_channels=(192, 128, 64, 64)),
+        "does a fourth hidden layer make a better teacher?",
+        dict(d_channels=(256, 256, 128, 64)),
     ),
     "no-dropout": ("what does the discriminator's dropout do beside the penalty?", dict(dropout=0.0)),
     "dropout-30": ("is three times the dropout better?", dict(dropout=0.3)),
@@ -60,20 +60,28 @@ VARIANTS = {
     "no-penalty": ("what do R1 and R2 do (Mescheder et al. 2018, arXiv 1801.04406)?", dict(penalty=0.0)),
     "penalty-0.1": ("is ten times the penalty better?", dict(penalty=0.1)),
     "penalty-1": ("is a hundred times the penalty too much?", dict(penalty=1.0)),
+    "high-rates": (
+        "what if both networks take larger steps?",
+        dict(d_learning_rate=2e-3, g_learning_rate=2e-3),
+    ),
     "low-rates": (
         "what if both networks take smaller steps?",
         dict(d_learning_rate=4e-4, g_learning_rate=4e-4),
     ),
-    "fast-generator": ("what if the generator learns faster?", dict(d_learning_rate=4e-4)),
-    "fast-discriminator": ("what if the discriminator learns faster?", dict(g_learning_rate=4e-4)),
+    "fast-generator": (
+        "what if the discriminator takes smaller steps than the generator?",
+        dict(d_learning_rate=4e-4),
+    ),
+    "fast-discriminator": (
+        "what if the generator takes smaller steps than the discriminator?",
+        dict(g_learning_rate=4e-4),
+    ),
     "d-freq-2": ("is a discriminator updated twice as often a better teacher?", dict(d_freq=2)),
     "no-average": ("what does the average of the generator's weights do?", dict(ema_decay=0.0)),
     "relativistic": (
         "is a relativistic loss with R1 and R2 (Huang et al. 2024, arXiv 2501.05441) better?",
         dict(loss="relativistic"),
     ),
-    "saturating": ("does the generator's loss log(1 - D(G(z))) train at all?", dict(loss="saturating")),
-    "batch-128": ("are larger batches, with a quarter of the steps, as good?", dict(batch_size=128)),
     "noise-100": ("is the usual noise of 100 dimensions better?", dict(dim_z=100)),
     "plain": (
         "how good is a first GAN, with the batches and noise of the handout?",

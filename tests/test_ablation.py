@@ -157,14 +157,14 @@ def test_finished_runs_are_kept_and_interrupted_ones_go_on(call_step, pretend, m
     later = (folders["plain"] / "metrics.json").stat().st_mtime_ns + 10**9
     os.utime(folders["plain"] / "checkpoint.pt", ns=(later, later))  # started anew and interrupted
     (folders["relativistic"] / "metrics.json").unlink()
-    (folders["saturating"] / "metrics.json").unlink()
-    (folders["saturating"] / "checkpoint.pt").unlink()
+    (folders["high-rates"] / "metrics.json").unlink()
+    (folders["high-rates"] / "checkpoint.pt").unlink()
     (folders["d-freq-2"] / "checkpoint.pt").unlink()
     for file in ("checkpoint.pt", "model.pt"):  # as in a copy that has the figures alone
         (folders["dropout-50"] / file).unlink()
     assert call_step(step1, *flags, tmp_path).returncode == 0
     resumed = {name: is_resumed for name, is_resumed, _, _ in pretend.runs}
-    assert resumed == {"dropout-50": False, "plain": True, "relativistic": True, "saturating": False}
+    assert resumed == {"dropout-50": False, "plain": True, "relativistic": True, "high-rates": False}
 
     pretend.runs.clear()
     monkeypatch.setitem(step1.VARIANTS, "no-dropout", ("edited meanwhile", dict(dropout=0.01)))

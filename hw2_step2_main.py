@@ -49,7 +49,7 @@ VARIANTS = {
     "gated": ("do gates earn their cost?", dict(block="gated", channels=24)),
     "no-pointwise": ("and the 1 x 1 layers of the blocks?", dict(pointwise=False)),
     "adam": ("does Muon earn its place?", dict(muon_rate=None)),
-    "relu": ("does the smooth activation matter?", dict(activation="relu")),
+    "relu": ("does hard-swish matter, or is ReLU as good?", dict(activation="relu")),
     "first-7": ("does the wide first layer matter?", dict(first_kernel_size=7)),
     "no-position": ("does it help to know where in the image one is?", dict(positional=False)),
     "3x3": ("smaller kernels and more channels?", dict(kernel_size=3, channels=40)),

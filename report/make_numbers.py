@@ -12,6 +12,8 @@ The report names its numbers and never spells them out. A name is the folder of 
     \val{step1_gan.ablation.default.parzen_mean}{1}  another table of the folder: row, column
     \err{step2_pixelcnn.test_nll}{2}               a metric $\pm$ its standard error, where the run has one; 100* may
                                                    stand before the name, for per cent
+    \val{step1_gan.spread.parzen}{2}               standard deviation over the seeds, relative to the mean and pooled over
+                                                   all rows of ablation.csv with several seeds
     \mean{step1_gan.ablation.default.parzen}{1}    mean $\pm$ standard deviation over the seeds
     \calc{[step1_gan.wall_time] / 60}{0}           arithmetic with such names; FUNCTIONS are known as well
     \run{step1_gan}                                seed, epochs, time and hardware
@@ -71,6 +73,8 @@ def look_up(name, root=ROOT):
         raise Missing(f"{name!r} names a run and nothing of it")
     if keys[0] == "losses":
         return _epoch_mean(folder / "losses.csv", *keys[1:])
+    if keys[0] == "spread":
+        return _spread(folder / "ablation.csv", *keys[1:])
     if (folder / f"{keys[0]}.csv").exists() or keys[0] in ("ablation", "seeds"):
         path = folder / f"{keys[0]}.csv"
         rows = {row["variant"]: row for row in read_table(path)}
@@ -123,6 +127,16 @@ def _epoch_mean(path, epoch="", column=""):
     if not values:
         raise Missing(f"{path} has no {column} in epoch {epoch!r}")
     return statistics.fmean(values)
+
+
+def _spread(path, metric=""):
+    rows = [row for row in read_table(path) if int(row["seeds"]) > 1]
+    try:
+        ratios = [float(row[f"{metric}_std"]) / float(row[f"{metric}_mean"]) for row in rows]
+    except KeyError:
+        raise Missing(f"{path} has no {metric!r}") from None
+    freedom = [int(row["seeds"]) - 1 for row in rows]
+    return math.sqrt(sum(n * ratio**2 for n, ratio in zip(freedom, ratios)) / sum(freedom))
 
 
 def _number(text):
@@ -207,7 +221,7 @@ def written(value, decimals=""):
 
 
 def _escape(text):
-    text = re.sub(r"\b1 threads", "1 thread", text.replace("(R)", ""))
+    text = re.sub(r"\b1 threads", "1 thread", text.replace("(R)", "").replace(" Processor", ""))
     return re.sub(r"([#$%&_{}])", r"\\\1", text)
 
 

@@ -74,7 +74,7 @@ def draw_quality(path, quality):
         ("classifier score", {"": quality["classifier_score"]}, {}),
         ("share of images", {name: quality[name] for name in ("precision", "recall")}, {}),
     ]
-    plotting.save_curves(path, quality["epoch"], panels, log=["Fréchet distance"])
+    plotting.save_curves(path, quality["epoch"], panels)
 
 
 def draw_samples(run, generator):
@@ -133,7 +133,7 @@ def draw_ablation(path, folders, load_model):
         x = [row["epoch"] for row in rows]
         curves = {"$D(x)$": [row["d_real"] for row in rows], "$D(G(z))$": [row["d_fake"] for row in rows]}
         strips.append((name, x, curves, load_model(folder / "model.pt").sample(ABLATION_COLUMNS)))
-    plotting.save_strips(path, strips, xlabel="epoch", ylim=(0, 1))
+    plotting.save_strips(path, strips, xlabel="epoch", ylim=(0.2, 0.8))
     table = files.read_csv(path.with_suffix(".csv"))
     if "frechet_distance_mean" in table[0]:  # which needs a classifier of the data set
         panels = {key.replace("_", " ").replace("frechet", "Fréchet"): {"": key} for key in QUALITY}

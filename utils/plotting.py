@@ -40,7 +40,7 @@ def save_grid_table(path, columns, images_across, row_labels=("",), marked=()):
 
 def save_strips(path, strips, xlabel, ylim):
     """Write a page of strips (name, x, curves by label, images)."""
-    size = WIDTH, min(0.4 * len(strips), 8.6) + 0.6  # all strips fit on a page
+    size = WIDTH, min(0.36 * len(strips), 8.6) + 0.6  # all strips fit on a page
     with new_figure(path, *size, len(strips), 2, squeeze=False, width_ratios=[1, 3]) as (figure, axes):
         longest = max(x[-1] for _, x, _, _ in strips)
         for (left, right), (name, x, curves, images) in zip(axes, strips):
@@ -127,7 +127,9 @@ def save_curves(path, x, panels, xlabel="epoch", smooth=1, log=()):
             for color, (label, height) in zip(colors, references.items()):
                 axis.axhline(height, color=color, linestyle="-.", linewidth=0.8, label=label)
             axis.set(xlabel=xlabel, ylabel=ylabel)
-            axis.xaxis.set_major_locator(MaxNLocator(min(6, 12 // len(panels)), integer=True, min_n_ticks=1))
+            axis.xaxis.set_major_locator(
+                MaxNLocator(min(6, 12 // len(panels)), integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])
+            )
             _set_logarithmic(axis, log)
             named = _draw_legend(axis, named)
 

@@ -130,7 +130,7 @@ def train_main_loop(
     d_optimizer = torch.optim.Adam(discriminator.parameters(), d_learning_rate, **adam)
     criterion = nn.BCEWithLogitsLoss()
     # `run` (utils/run.py) shuffles the images, counts batches from 1 in run.iteration, averages what run.record gets
-    # and stops at NaN. After each epoch it saves a checkpoint of what run.track names. It is new unless resumed.
+    # and stops at NaN. After each epoch it saves a checkpoint of what run.track names. run.is_new: no batch so far.
     run.track(
         generator=generator,
         discriminator=discriminator,
@@ -145,7 +145,7 @@ def train_main_loop(
         for (batch,) in run.batches(images, batch_size=batch_size):
             x = to_symmetric(batch)
             fake_images = generator(torch.randn(len(x), dim_z, device=run.device))  # D's step detaches them
-            # The penalty costs a second backward pass. So few updates have it, with more weight (lazy regularisation).
+            # The penalty costs a second backward pass, so every n-th update has it, n-fold (lazy regularisation).
             penalty_weight = penalty * penalty_every if run.iteration % penalty_every == 0 else 0.0
             d_loss, outputs_real, outputs_fake, _ = train_discriminator(
                 discriminator, d_optimizer, x, fake_images, criterion, run.device,

@@ -70,8 +70,8 @@ VARIANTS = {
 NOT_COMPARABLE = ("stochastic", "long", "large")
 
 
-# Each argument after * is also a flag (num_epochs is --epochs). Annotated has its type, its --help text and sometimes
-# a range. NETWORK puts it under that heading of --help. Fraction is a number from 0 to 1 (utils/hyperparameters.py).
+# Each argument after * is also a flag (num_epochs is --epochs), and so are those of PixelCNN. Annotated has its type
+# and its --help text. Fraction is a number from 0 to 1 (utils/hyperparameters.py).
 def train(
     run,
     network,
@@ -105,7 +105,7 @@ def train(
     schedule = LambdaLR(optimizer, rate_factor)
     criterion = nn.BCEWithLogitsLoss(reduction="sum")
     # `run` (utils/run.py) shuffles the images, counts batches from 1 in run.iteration, averages what run.record gets
-    # and stops at NaN. After each epoch it saves a checkpoint of what run.track names. It is new unless resumed.
+    # and stops at NaN. After each epoch it saves a checkpoint of what run.track names. run.is_new: no batch so far.
     run.track(network=network, optimizer=optimizer, schedule=schedule)
     parallel_network = parallel.wrap(network)  # the network itself, unless torchrun started several processes
     if run.is_new:
@@ -166,9 +166,7 @@ def load_model(path, device="cpu", steps=(STEP, CONDITIONAL_STEP)):
 def train_and_evaluate(run, train_set, test_set):
     conditional = run.args.conditional
     test_subset = run.limit(*test_set)  # all of it; a few batches in a dry run
-    architecture = run.arguments(
-        PixelCNN
-    )  # those hyperparameters of run.options that are arguments of PixelCNN
+    architecture = run.arguments(PixelCNN)  # of run.options, the arguments of PixelCNN
     network = build_network(conditional, **architecture).to(run.device, memory_format=torch.channels_last)
     train(run, network, train_set, test_subset, **run.arguments(train))
     is_first = parallel.leave()

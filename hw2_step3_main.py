@@ -104,18 +104,14 @@ def train(
     learning_rate: Annotated[float, "learning rate of Adam, falling to zero along a cosine"] = 3e-3,
     clip_norm: Annotated[float, "longer gradients are scaled down to this norm"] = 200.0,
     kl_coeff: Annotated[float, "weight of the KL term; with 1 the loss is -ELBO"] = 1.0,
-    kl_warm_up: Annotated[Fraction, "share of the training in which kl_coeff rises from 0"] = 0.0,
+    kl_warm_up: Annotated[Fraction, "share of the training in which the KL weight rises from 0"] = 0.0,
     binarize: Annotated[
         Literal["stochastic", "threshold", "none"], "draws of Bernoulli(x), x > 0.5, or x"
     ] = "stochastic",
     distorted: Annotated[Fraction, "share of training images that are rotated, scaled and sheared"] = 0.0,
     distorted_until: Annotated[Fraction, "share of the training after which no image is distorted"] = 0.9,
     latent_dim: Annotated[int, Range(2), "latent dimensions, two for the latent plane", NETWORK] = 2,
-    hidden_dims: Annotated[tuple[int, ...], "units of the encoder's hidden layers", NETWORK] = (
-        256,
-        256,
-        256,
-    ),
+    hidden_dims: Annotated[tuple[int, ...], "units of the encoder's layers", NETWORK] = (256, 256, 256),
 ):
     """Minimise `loss_func` over uint8 images (N, 1, 28, 28); return the model."""
     train_images, _ = train_set
@@ -126,7 +122,7 @@ def train(
         optimizer, lambda step: (1 + math.cos(math.pi * run.fraction_done(step / num_steps))) / 2
     )
     # `run` (utils/run.py) shuffles the images, counts batches from 1 in run.iteration, averages what run.record gets
-    # and stops at NaN. After each epoch it saves a checkpoint of what run.track names. It is new unless resumed.
+    # and stops at NaN. After each epoch it saves a checkpoint of what run.track names. run.is_new: no batch so far.
     run.track(model=model, optimizer=optimizer, schedule=schedule)
     if run.is_new:
         log_epoch(run, model, train_set, test_set, epoch=0)

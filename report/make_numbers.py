@@ -130,13 +130,13 @@ def _epoch_mean(path, epoch="", column=""):
 
 
 def _spread(path, metric=""):
-    rows = [row for row in read_table(path) if int(row["seeds"]) > 1]
     try:
+        rows = [row for row in read_table(path) if row[f"{metric}_std"]]
         ratios = [float(row[f"{metric}_std"]) / float(row[f"{metric}_mean"]) for row in rows]
-    except KeyError:
-        raise Missing(f"{path} has no {metric!r}") from None
-    freedom = [int(row["seeds"]) - 1 for row in rows]
-    return math.sqrt(sum(n * ratio**2 for n, ratio in zip(freedom, ratios)) / sum(freedom))
+        freedom = [int(row["seeds"]) - 1 for row in rows]
+        return math.sqrt(sum(n * ratio**2 for n, ratio in zip(freedom, ratios)) / sum(freedom))
+    except (KeyError, ZeroDivisionError):
+        raise Missing(f"{path} has no spread of {metric!r} over seeds") from None
 
 
 def _number(text):

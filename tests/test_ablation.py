@@ -169,7 +169,7 @@ def test_finished_runs_are_kept_and_interrupted_ones_go_on(call_step, pretend, m
     pretend.runs.clear()
     monkeypatch.setitem(step1.VARIANTS, "no-dropout", ("edited meanwhile", dict(dropout=0.01)))
     assert call_step(step1, *flags, tmp_path).returncode == 0
-    assert [run[0] for run in pretend.runs] == ["no-dropout"]
+    assert [run[:2] for run in pretend.runs] == [("no-dropout", False)], "not resumed"
 
     pretend.runs.clear()
     assert_refused(call_step(step1, *flags, tmp_path, "--minutes", "4"), "same flags", "--out-dir")

@@ -133,7 +133,7 @@ def test_a_run_with_a_schedule_cannot(name, call_step, bare_steps, tmp_path):
     flags = [*FLAGS[name], "--batch-size", 80, "--out-dir", tmp_path, "--epochs"]
     assert call_step(STEPS[name], *flags, 1).returncode == 0
     before = (tmp_path / "checkpoint.pt").read_bytes(), (tmp_path / "config.json").read_bytes()
-    assert_refused(call_step(STEPS[name], *flags, 2, "--resume"), "learning rate", "lengthened")
+    assert_refused(call_step(STEPS[name], *flags, 2, "--resume"), "learning rate", "train anew")
     assert before == ((tmp_path / "checkpoint.pt").read_bytes(), (tmp_path / "config.json").read_bytes())
 
 

@@ -126,6 +126,7 @@ def test_bad_usage_is_one_line_and_exit_code_2(module, call_step, tmp_path):
             assert flag in done.stderr or flag[2:].replace("-", "_") in done.stderr, done.stderr
     for flags, expected in (
         (["--minutes", 1, "--epochs", 2], "not allowed with"),
+        (["--resume", "--restart"], "not allowed with"),
         (["--resume"], "no checkpoint"),
         (["--sample-only"], "no model"),
         (["--sample-only", "--model", tmp_path / "none.pt"], "none.pt"),

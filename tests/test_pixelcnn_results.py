@@ -47,7 +47,7 @@ def test_a_conditional_network_as_a_classifier_and_as_a_mixture(monkeypatch):
         drawn.append((name, labels.tolist(), guesses.tolist()))
 
     options = dict(precision="float32")
-    run = SimpleNamespace(device=torch.device("cpu"), options=options, draw=draw, say=print)
+    run = SimpleNamespace(device=torch.device("cpu"), options=options, draw=draw)
     labels = torch.tensor([4, 2, 9])
     metrics = results.label_metrics(run, None, torch.zeros(3, 1, 28, 28), labels, dict(test_images=3))
     assert metrics["bayes_accuracy"]["value"] == pytest.approx(2 / 3)

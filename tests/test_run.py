@@ -265,7 +265,10 @@ def test_every_epoch_has_all_images_in_an_order_of_its_own(toy_run):
         assert [len(x) for x, _ in batches] == [7, 7, 7, 7, 2]
         assert all(x.flatten().equal(y) for x, y in batches)
         orders.append(torch.cat([y for _, y in batches]).tolist())
-    assert sorted(orders[0]) == sorted(orders[1]) == list(range(30)) and orders[0] != orders[1]
+    toy_run.args.seed += 1
+    orders.append(torch.cat([y for _, y in toy_run.batches(images, labels, batch_size=7)]).tolist())
+    assert all(sorted(order) == list(range(30)) for order in orders)
+    assert len({*map(tuple, orders)}) == 3, "the second epoch, and its like with another seed"
 
 
 def test_hardware_names_the_units_that_torch_may_use(monkeypatch):

@@ -221,3 +221,14 @@ def test_links_lead_to_files(page):
     for target in re.findall(r"\]\(([^)#]+)\)|src=\"([^\"]+)\"", text):
         target = "".join(target)
         assert target.startswith("http") or ((ROOT / page).parent / target).exists(), target
+
+
+@pytest.mark.parametrize("module", [step1, step2, step3])
+def test_the_reported_ablation_has_the_settings_of_the_variants(module):
+    """The tables take the column `change` from the scripts, so a variant that was edited has to be trained anew."""
+    configs = list((ROOT / "results" / module.STEP / "ablation").glob("seed_*/variants/*/config.json"))
+    assert configs
+    for config in configs:
+        trained = json.loads(config.read_text())["hyperparameters"]
+        changes = json.loads(json.dumps(module.VARIANTS[config.parent.name][1]))
+        assert {name: trained[name] for name in changes} == changes, config

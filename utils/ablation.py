@@ -47,16 +47,20 @@ def run_all(script, folder, args, variants, given, length=(), flags=(), left_out
         seed_folder = place_of_all / f"seed_{seed}"
         return seed_folder / "variants" / name if name and args.ablation else seed_folder
 
+    def changes(name):
+        return variants[name][1] if name else {}
+
     def is_complete(name, seed):
-        return _is_complete(place(name, seed), variants[name][1] if name else {})
+        return _is_complete(place(name, seed)) and _has(place(name, seed), changes(name))
 
     def command(name, seed):
         where = place(name, seed)
         own_length = name is not None and "num_epochs" in variants[name][1]
         words = [sys.executable, str(script), *(() if own_length else length), *given, "--seed", str(seed)]
         words += ["--out-dir", str(where)] + (["--variant", name] if name else [])
-        go_on = ["--resume"] if (where / "checkpoint.pt").exists() else []
-        return words + (["--restart"] if args.restart else go_on)
+        if (where / "checkpoint.pt").exists():
+            words += ["--resume" if not args.restart and _has(where, changes(name)) else "--restart"]
+        return words
 
     files.make_folder(place_of_all)
     with files.lock(place_of_all):
@@ -136,9 +140,14 @@ def _keep_flags(folder, given):
     files.write_json(path, given)
 
 
-def _is_complete(folder, changes):
-    """Tell whether a run is finished, has left what tables and figures need, and had these hyperparameters."""
-    if not (is_finished(folder) and all((folder / name).exists() for name in ("losses.csv", "model.pt"))):
+def _is_complete(folder):
+    """Tell whether a run is finished and has left what tables and figures need."""
+    return is_finished(folder) and all((folder / name).exists() for name in ("losses.csv", "model.pt"))
+
+
+def _has(folder, changes):
+    """Tell whether the run in a folder has these hyperparameters. A variant may have been edited meanwhile."""
+    if not (folder / "config.json").exists():
         return False
     theirs = json.loads((folder / "config.json").read_text())["hyperparameters"]
     return all(theirs.get(name) == json.loads(json.dumps(value)) for name, value in changes.items())

@@ -23,6 +23,7 @@ def description(run):
         "processes": parallel.num_processes(),
         "device": str(run.device),
         "hardware": machine.hardware(run.device),
+        "bfloat16_units": machine.has_bfloat16_units(run.device),
         "command": run.args.command,
         "hyperparameters": run.options,
         "versions": machine.versions(),
@@ -36,7 +37,7 @@ def require_same(theirs, ours, path, has_schedule):
     """
     different = [key for key in ours if theirs.get(key) != ours[key]]
     if different == ["num_epochs"] and has_schedule:
-        why = "its learning rate has fallen to zero, so it cannot be lengthened: train anew with --epochs"
+        why = "its learning rates follow that number: train anew with --epochs"
         raise UserError(f"{path} was trained for {theirs['num_epochs']} epochs, and {why}")
     if different == ["num_epochs"] and ours["num_epochs"] > theirs["num_epochs"]:
         return

@@ -135,7 +135,9 @@ def main(
         own.add_argument("--conditional", action="store_true", help="train the class-conditional network")
     common = vars(parser.parse_args([]))
     if conditional_step:
-        own.add_argument("--digit", type=int, choices=range(10), metavar="D", help="in samples_digit.png")
+        own.add_argument(
+            "--digit", type=int, choices=range(10), metavar="D", help="digit of samples_digit.png (3)"
+        )
     if add_flags:
         add_flags(own)
     own_defaults = {name: value for name, value in vars(parser.parse_args([])).items() if name not in common}

@@ -77,7 +77,8 @@ def add_run_flags(group):
     add("--seed", type=whole_number(0), default=0, metavar="N", help="seed of all random numbers (0)")
     devices = ["auto", "cpu", "cuda", "mps"]
     add("--device", choices=devices, default="auto", help="auto is cuda where there is one, else cpu")
-    add("--dataset", choices=DATASETS, default=DATASETS[0], help=f"what to train on ({DATASETS[0]})")
+    names = ", ".join(DATASETS)
+    add("--dataset", choices=DATASETS, default=DATASETS[0], metavar="NAME", help=f"one of {names}")
     add("--data-dir", type=folder, default=ROOT / "data", metavar="DIR", help="folder of the data (data/)")
     add("--out-dir", type=folder, metavar="DIR", help="folder for the results, made if missing")
     add("--dry-run", action="store_true", help="train on a few batches and write every file, to look around")
@@ -89,6 +90,10 @@ def add_run_flags(group):
     add("--count", type=whole_number(1), metavar="N", help="number of images in the sample grid")
     add("--variant", metavar="NAME", help="train a named variant")
     add("--list-variants", action="store_true", help="list the variants and why they are there, and stop")
-    add("--ablation", action="store_true", help="train the default and all variants, or --variant; a table")
+    add(
+        "--ablation",
+        action="store_true",
+        help="compare the default with the variants, or with --variant; a table",
+    )
     add("--seeds", type=whole_number(1), metavar="N", help="train with N seeds from --seed on; make a table")
     add("--held-out", action="store_true", help="evaluate on the last 10,000 training images, to choose by")

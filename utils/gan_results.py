@@ -133,7 +133,9 @@ def draw_ablation(path, folders, load_model):
         x = [row["epoch"] for row in rows]
         curves = {"$D(x)$": [row["d_real"] for row in rows], "$D(G(z))$": [row["d_fake"] for row in rows]}
         strips.append((name, x, curves, load_model(folder / "model.pt").sample(ABLATION_COLUMNS)))
-    plotting.save_strips(path, strips, xlabel="epoch", ylim=(0.2, 0.8))
+    values = [value for _, _, curves, _ in strips for curve in curves.values() for value in curve]
+    ylim = math.floor(10 * min(values)) / 10, math.ceil(10 * max(values)) / 10
+    plotting.save_strips(path, strips, xlabel="epoch", ylim=ylim)
     table = files.read_csv(path.with_suffix(".csv"))
     if "frechet_distance_mean" in table[0]:  # which needs a classifier of the data set
         panels = {key.replace("_", " ").replace("frechet", "Fréchet"): {"": key} for key in QUALITY}

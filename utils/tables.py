@@ -1,8 +1,9 @@
 """Write the tables of README.md and results/README.md from the files in results/: `python -m utils.tables`.
 
-A table stands between <!-- table: NAME --> and <!-- end -->. NAME is a method of `Tables`, followed by a step if the
-method takes one. With --check nothing is written, and the first line that differs is named. Only files that git
-tracks, or would add, are read, so experiments stay out. The caption of a figure is its line in the docstring of the step script.
+A table stands between <!-- table: NAME --> and <!-- end -->. NAME is a method of `Tables`, followed by a step
+if the method takes one. With --check nothing is written, and the first line that differs is named. Only files
+that git tracks, or would add, are read, so experiments stay out. The caption of a figure is its line in the
+docstring of the step script.
 """
 
 import json

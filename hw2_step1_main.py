@@ -23,7 +23,7 @@ Writes into results/step1_gan/:
     losses.csv, epochs.csv, quality.csv, metrics.json, config.json, model.pt (the generator)
 and after --ablation:
     ablation.png                D(x), D(G(z)) and samples of all variants
-    ablation_metrics.png        metrics of the samples of all variants, means over the seeds
+    ablation_metrics.png        metrics of the samples, means over the seeds, without variants that collapse
     ablation.csv                the same and other metrics as a table
 """
 

@@ -12,8 +12,8 @@ The report names its numbers and never spells them out. A name is the folder of 
     \val{step1_gan.ablation.default.parzen_mean}{1}  another table of the folder: row, column
     \err{step2_pixelcnn.test_nll}{2}               a metric $\pm$ its standard error, where the run has one; 100* may
                                                    stand before the name, for per cent
-    \val{step1_gan.spread.parzen}{2}               standard deviation over the seeds, relative to the mean and pooled over
-                                                   all rows of ablation.csv with several seeds
+    \val{step1_gan.spread.parzen.plain}{2}         standard deviation over the seeds, relative to the mean, pooled over
+                                                   the rows of ablation.csv with several seeds, here without `plain`
     \mean{step1_gan.ablation.default.parzen}{1}    mean $\pm$ standard deviation over the seeds
     \calc{[step1_gan.wall_time] / 60}{0}           arithmetic with such names; FUNCTIONS are known as well
     \run{step1_gan}                                seed, epochs, time and hardware
@@ -129,9 +129,9 @@ def _epoch_mean(path, epoch="", column=""):
     return statistics.fmean(values)
 
 
-def _spread(path, metric=""):
+def _spread(path, metric="", *left_out):
     try:
-        rows = [row for row in read_table(path) if row[f"{metric}_std"]]
+        rows = [row for row in read_table(path) if row[f"{metric}_std"] and row["variant"] not in left_out]
         ratios = [float(row[f"{metric}_std"]) / float(row[f"{metric}_mean"]) for row in rows]
         freedom = [int(row["seeds"]) - 1 for row in rows]
         return math.sqrt(sum(n * ratio**2 for n, ratio in zip(freedom, ratios)) / sum(freedom))

@@ -173,6 +173,7 @@ def root(tmp_path):
         (r"\val{step9_toy.losses.1.loss}{1}", "3.0"),
         (r"\val{step9_toy.losses.last.loss}{1}", "1.0"),
         (r"\val{step9_toy.ablation.wide-1.5.nll_mean}{1}", "9.3"),
+        (r"\val{step9_toy.spread.nll.narrow}{4}", "0.1038"),  # of 1/10 and 1/9.3
         (r"\val{step9_toy.ablation_dropped.worse-2.0.nll_mean}{1}", "11.0"),
         (r"\err{step9_toy.share}{2}", r"0.50 \ensuremath{\pm} 0.01"),
         (r"\err{100*step9_toy.share}{1}", r"50.0 \ensuremath{\pm} 1.2"),
@@ -207,6 +208,7 @@ def test_a_changed_value_changes_the_report(numbers, root):
         (r"\val{step9_toy.losses.1.gain}{1}", "'gain'"),
         (r"\val{step9_toy.seeds.default.nll_mean}{1}", "seeds.csv"),
         (r"\val{step9_toy.ablation.other.nll_mean}{1}", "'other'"),
+        (r"\val{step9_toy.spread.gain}{1}", "spread of 'gain'"),
         (r"\err{step9_toy.ell}{1}", "'ell'"),
         (r"\calc{[step9_toy.ell] + 1}{1}", "'ell'"),
         (r"\calc{[step9_toy.nll.unit] + 1}{1}", "nats"),

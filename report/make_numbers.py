@@ -7,7 +7,8 @@ The report names its numbers and never spells them out. A name is the folder of 
     \val{step2_pixelcnn.test_nll}{2}               a metric, with two decimals
     \val{step1_gan.frechet_distance.floor}{1}      another field of its entry
     \val{step3_vae.learning_rate}{}                a hyperparameter or another entry of config.json, as it is
-    \val{step2_pixelcnn.losses.1.test_nll}{1}      losses.csv: a column's mean over the rows of epoch 1 (or `last`)
+    \val{step2_pixelcnn.losses.1.test_nll}{1}      losses.csv: a column's mean over the rows of epoch 1 (or `last`);
+                                                   losses_std is the standard deviation
     \val{classifier.floors.none.parzen}{1}         another JSON file of the folder
     \val{step1_gan.ablation.default.parzen_mean}{1}  another table of the folder: row, column
     \err{step2_pixelcnn.test_nll}{2}               a metric $\pm$ its standard error, where the run has one; 100* may
@@ -71,8 +72,9 @@ def look_up(name, root=ROOT):
         raise Missing(f"there is no run {folder}")
     if not keys:
         raise Missing(f"{name!r} names a run and nothing of it")
-    if keys[0] == "losses":
-        return _epoch_mean(folder / "losses.csv", *keys[1:])
+    if keys[0] in ("losses", "losses_std"):
+        statistic = statistics.fmean if keys[0] == "losses" else statistics.stdev
+        return _of_epoch(folder / "losses.csv", statistic, *keys[1:])
     if keys[0] == "spread":
         return _spread(folder / "ablation.csv", *keys[1:])
     if (folder / f"{keys[0]}.csv").exists() or keys[0] in ("ablation", "seeds"):
@@ -118,7 +120,7 @@ def _find(content, keys, path):
     return content
 
 
-def _epoch_mean(path, epoch="", column=""):
+def _of_epoch(path, statistic, epoch="", column=""):
     rows = read_table(path)
     if rows and column not in rows[0]:
         raise Missing(f"{path} has no column {column!r}")
@@ -126,7 +128,7 @@ def _epoch_mean(path, epoch="", column=""):
     values = [float(row[column]) for row in rows if row["epoch"] == epoch and row[column]]
     if not values:
         raise Missing(f"{path} has no {column} in epoch {epoch!r}")
-    return statistics.fmean(values)
+    return statistic(values)
 
 
 def _spread(path, metric="", *left_out):

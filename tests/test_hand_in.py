@@ -172,6 +172,7 @@ def root(tmp_path):
         (r"\val{step9_toy.hardware}{}", r"CPU\_1 100\%"),
         (r"\val{step9_toy.losses.1.loss}{1}", "3.0"),
         (r"\val{step9_toy.losses.last.loss}{1}", "1.0"),
+        (r"\val{step9_toy.losses_std.1.loss}{3}", "1.414"),
         (r"\val{step9_toy.ablation.wide-1.5.nll_mean}{1}", "9.3"),
         (r"\val{step9_toy.spread.nll.narrow}{4}", "0.1038"),  # of 1/10 and 1/9.3
         (r"\val{step9_toy.ablation_dropped.worse-2.0.nll_mean}{1}", "11.0"),

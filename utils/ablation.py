@@ -47,20 +47,17 @@ def run_all(script, folder, args, variants, given, length=(), flags=(), left_out
         seed_folder = place_of_all / f"seed_{seed}"
         return seed_folder / "variants" / name if name and args.ablation else seed_folder
 
-    def changes(name):
-        return variants[name][1] if name else {}
+    changes = {name: variants[name][1] if name else {} for name in [None, *variants]}
 
     def is_complete(name, seed):
-        return _is_complete(place(name, seed)) and _has(place(name, seed), changes(name))
+        return _is_complete(place(name, seed)) and _has(place(name, seed), changes[name])
 
     def command(name, seed):
         where = place(name, seed)
-        own_length = name is not None and "num_epochs" in variants[name][1]
-        words = [sys.executable, str(script), *(() if own_length else length), *given, "--seed", str(seed)]
+        own_length = () if "num_epochs" in changes[name] else length
+        words = [sys.executable, str(script), *own_length, *given, "--seed", str(seed)]
         words += ["--out-dir", str(where)] + (["--variant", name] if name else [])
-        if (where / "checkpoint.pt").exists():
-            words += ["--resume" if not args.restart and _has(where, changes(name)) else "--restart"]
-        return words
+        return words + _begin(where, changes[name], args.restart)
 
     files.make_folder(place_of_all)
     with files.lock(place_of_all):
@@ -70,10 +67,10 @@ def run_all(script, folder, args, variants, given, length=(), flags=(), left_out
         machine.say(f"{len(to_do)} of {len(runs)} runs to do; results go to {place_of_all}")
         _train_all([(*run, command(*run)) for run in to_do], machine.find_device(args.device))
     possible = [None, *variants] if args.ablation else names
-    # Variants of an earlier call keep their rows.
+    earlier = [each for each in possible if all(is_complete(each, seed) for seed in seeds(each))]
     names = [
-        name for name in possible if name in names or all(is_complete(name, seed) for seed in seeds(name))
-    ]
+        each for each in possible if each in names or each in earlier
+    ]  # earlier variants keep their rows
     path = place_of_all.with_suffix(".csv")
     files.write_csv(path, table({name: [place(name, seed) for seed in seeds(name)] for name in names}))
     machine.say(f"table in {path}")
@@ -143,6 +140,13 @@ def _keep_flags(folder, given):
 def _is_complete(folder):
     """Tell whether a run is finished and has left what tables and figures need."""
     return is_finished(folder) and all((folder / name).exists() for name in ("losses.csv", "model.pt"))
+
+
+def _begin(folder, changes, restart):
+    """Return the flag with which a run goes on or begins anew; a new one needs none."""
+    if not (folder / "checkpoint.pt").exists():
+        return []
+    return ["--resume"] if _has(folder, changes) and not restart else ["--restart"]
 
 
 def _has(folder, changes):

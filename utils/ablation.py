@@ -68,9 +68,7 @@ def run_all(script, folder, args, variants, given, length=(), flags=(), left_out
         _train_all([(*run, command(*run)) for run in to_do], machine.find_device(args.device))
     possible = [None, *variants] if args.ablation else names
     earlier = [each for each in possible if all(is_complete(each, seed) for seed in seeds(each))]
-    names = [
-        each for each in possible if each in names or each in earlier
-    ]  # earlier variants keep their rows
+    names = [each for each in possible if each in names or each in earlier]  # these keep their rows
     path = place_of_all.with_suffix(".csv")
     files.write_csv(path, table({name: [place(name, seed) for seed in seeds(name)] for name in names}))
     machine.say(f"table in {path}")

@@ -11,7 +11,7 @@ from utils.likelihoods import active_units, importance_bound, plane_log_likeliho
 HEADLINE = ("test_negative_elbo", "test_bound", "frechet_distance")  # printed at the end
 COLUMNS = 10  # images in a row of a figure
 NUM_SAMPLES = 100  # in samples.png, unless --count says otherwise
-PLANE_SIDE = 20
+PLANE_SIDE = 15
 SNAPSHOT_SIDE = 10  # of the latent plane that is kept after an epoch, for training.gif
 FINE_SIDE = 60  # points of the plane that the classifier judges, along each side
 WALKS = ((1, 0), (7, 6))  # digits to walk from and to

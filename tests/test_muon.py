@@ -134,8 +134,11 @@ def test_training_resumes_bit_for_bit(muon_rate):
     assert same_weights(whole[0], first[0])
 
 
-@pytest.mark.parametrize("muon_rate", [0.0, -0.1])
-def test_a_rate_that_is_not_positive_is_refused(muon_rate):
-    kernel, other = torch.nn.Parameter(torch.zeros(2, 2, 1, 1)), torch.nn.Parameter(torch.zeros(2))
+def test_a_negative_rate_is_refused_and_zero_freezes_the_kernels():
+    kernel, other = torch.nn.Parameter(torch.ones(2, 2, 1, 1)), torch.nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match="muon_rate"):
-        Muon([kernel], [other], muon_rate, learning_rate=1e-3)
+        Muon([kernel], [other], -0.1, learning_rate=1e-3)
+    optimizer = Muon([kernel], [other], 0.0, learning_rate=1e-3)
+    (kernel.sum() + other.sum()).backward()
+    optimizer.step()
+    assert kernel.eq(1).all() and other.lt(1).all()

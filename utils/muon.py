@@ -15,13 +15,13 @@ class Muon(torch.optim.Optimizer):
     Args:
         kernels: weights (out_channels, in_channels, height, width), as matrices with `out_channels` rows.
         others: the other parameters.
-        muon_rate: learning rate of the kernels, positive. None gives them to Adam, too.
+        muon_rate: learning rate of the kernels, at least 0. None gives them to Adam, too.
         learning_rate: learning rate of Adam. One schedule scales both rates, in `param_groups`.
     """
 
     def __init__(self, kernels, others, muon_rate, learning_rate, momentum=0.95):
-        if muon_rate is not None and muon_rate <= 0:
-            raise ValueError(f"muon_rate must be positive or None, not {muon_rate}")
+        if muon_rate is not None and muon_rate < 0:
+            raise ValueError(f"muon_rate must be at least 0 or None, not {muon_rate}")
         groups = [dict(params=kernels, lr=muon_rate, momentum=momentum)]
         if muon_rate is None:
             others, groups = [*others, *kernels], []

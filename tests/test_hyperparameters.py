@@ -128,7 +128,7 @@ def test_bad_usage_is_one_line_and_exit_code_2(module, call_step, tmp_path):
         (["--minutes", 1, "--epochs", 2], "not allowed with"),
         (["--resume", "--restart"], "not allowed with"),
         (["--resume"], "no checkpoint"),
-        (["--sample-only", "--epochs", 4711], "no model"),  # so that no earlier dry run has one
+        (["--sample-only", "--batch-size", 4711], "no model"),  # so that no earlier dry run has one
         (["--sample-only", "--model", tmp_path / "none.pt"], "none.pt"),
         (["--variant", "nonsense"], "--list-variants"),
         (["--data-dir", ROOT / "README.md"], "--data-dir"),

@@ -23,7 +23,7 @@ Writes into results/step1_gan/:
     losses.csv, epochs.csv, quality.csv, metrics.json, config.json, model.pt (the generator)
 and after --ablation:
     ablation.png                D(x), D(G(z)) and samples of all variants
-    ablation_metrics.png        metrics of the samples, means over the seeds, without variants that collapse
+    ablation_metrics.png        metrics of the samples, means over the seeds, without those off the scale
     ablation.csv                the same and other metrics as a table
 """
 
@@ -42,49 +42,25 @@ from utils.hyperparameters import NETWORK, Fraction
 STEP = "step1_gan"
 
 VARIANTS = {
-    "wide-generator": (
-        "does a generator with twice the channels draw better?",
-        dict(g_channels=(128, 256, 512)),
-    ),
-    "deep-generator": (
-        "does a fourth hidden layer help the generator?",
-        dict(g_channels=(64, 128, 256, 256)),
-    ),
-    "deep-discriminator": (
-        "does a fourth hidden layer make a better teacher?",
-        dict(d_channels=(256, 256, 128, 64)),
-    ),
+    "wide-generator": ("does a generator of twice the width draw better?", dict(g_channels=(128, 256, 512))),
+    "deep-generator": ("does a fourth layer help the generator?", dict(g_channels=(64, 128, 256, 256))),
+    "deep-discriminator": ("is a deeper one a better teacher?", dict(d_channels=(256, 256, 128, 64))),
     "no-dropout": ("what does the discriminator's dropout do beside the penalty?", dict(dropout=0.0)),
     "dropout-30": ("is three times the dropout better?", dict(dropout=0.3)),
     "dropout-50": ("does more dropout hold the discriminator back too much?", dict(dropout=0.5)),
     "no-penalty": ("what do R1 and R2 do (Mescheder et al. 2018, arXiv 1801.04406)?", dict(penalty=0.0)),
     "penalty-0.1": ("is ten times the penalty better?", dict(penalty=0.1)),
     "penalty-1": ("is a hundred times the penalty too much?", dict(penalty=1.0)),
-    "high-rates": (
-        "what if both networks take larger steps?",
-        dict(d_learning_rate=2e-3, g_learning_rate=2e-3),
-    ),
-    "low-rates": (
-        "what if both networks take smaller steps?",
-        dict(d_learning_rate=4e-4, g_learning_rate=4e-4),
-    ),
-    "fast-generator": (
-        "what if the discriminator takes smaller steps than the generator?",
-        dict(d_learning_rate=4e-4),
-    ),
-    "fast-discriminator": (
-        "what if the generator takes smaller steps than the discriminator?",
-        dict(g_learning_rate=4e-4),
-    ),
+    "high-rates": ("what if both take larger steps?", dict(d_learning_rate=2e-3, g_learning_rate=2e-3)),
+    "low-rates": ("what if both take smaller steps?", dict(d_learning_rate=4e-4, g_learning_rate=4e-4)),
+    "fast-generator": ("what if the discriminator takes smaller steps?", dict(d_learning_rate=4e-4)),
+    "fast-discriminator": ("what if the generator takes smaller steps?", dict(g_learning_rate=4e-4)),
     "d-freq-2": ("is a discriminator updated twice as often a better teacher?", dict(d_freq=2)),
     "no-average": ("what does the average of the generator's weights do?", dict(ema_decay=0.0)),
-    "relativistic": (
-        "is a relativistic loss with R1 and R2 (Huang et al. 2024, arXiv 2501.05441) better?",
-        dict(loss="relativistic"),
-    ),
+    "relativistic": ("is the loss of Huang et al. (arXiv 2501.05441) better?", dict(loss="relativistic")),
     "noise-100": ("is the usual noise of 100 dimensions better?", dict(dim_z=100)),
     "plain": (
-        "how good is a first GAN, with the batches and noise of the handout?",
+        "how good is a GAN without our additions?",
         dict(
             batch_size=128,
             d_learning_rate=2e-4,
@@ -109,9 +85,7 @@ def train_main_loop(
     d_learning_rate: Annotated[float, "learning rate of the discriminator"] = 1e-3,
     g_learning_rate: Annotated[float, "learning rate of the generator"] = 1e-3,
     d_freq: Annotated[int, "updates of the discriminator for each of the generator"] = 1,
-    loss: Annotated[
-        Literal["non-saturating", "saturating", "relativistic"], "kind of loss"
-    ] = "non-saturating",
+    loss: Annotated[Literal["non-saturating", "saturating", "relativistic"], "loss"] = "non-saturating",
     penalty: Annotated[float, "weight of the gradient penalty R1 + R2"] = 0.01,
     penalty_every: Annotated[int, "every n-th update of the discriminator has the penalty"] = 4,
     ema_decay: Annotated[Fraction, "decay of the average of the generator's weights; 0: none"] = 0.9998,

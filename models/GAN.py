@@ -78,8 +78,8 @@ def train_discriminator(
         penalty: weight of `gradient_penalty`, which is minimised as well but is no part of d_loss.
 
     Returns:
-        (d_loss, outputs_real, outputs_fake, d_loss_fake), as in the handout: the loss, the logits (N, 1) before the
-        step, and the loss on fake images alone.
+        (d_loss, outputs_real, outputs_fake, d_loss_fake), as in the handout. The outputs are logits (N, 1) before
+        the step, and d_loss_fake is the loss on fake images alone.
     """
     images, fake_images = images.to(device).flatten(1), fake_images.detach().to(device).flatten(1)
     sizes = [len(images), len(fake_images)]

@@ -123,7 +123,7 @@ def draw_optimal_discriminator(path):
 
 
 def draw_ablation(path, folders, load_model):
-    """Draw D(x), D(G(z)) and samples of every run, and beside `path` the metrics of the table in ablation.csv.
+    """Draw D(x), D(G(z)) and samples of every run, and beside `path` the metrics in ablation.csv.
 
     `folders` maps the name of a run to its folder.
     """
@@ -140,7 +140,7 @@ def draw_ablation(path, folders, load_model):
     if "frechet_distance_mean" in table[0]:  # which needs a classifier of the data set
         panels = {key.replace("_", " ").replace("frechet", "Fréchet"): {"": key} for key in QUALITY}
         where, distance = path.with_name("ablation_metrics.png"), "frechet_distance_mean"
-        # Beside a collapsed generator, one would see no difference between the others.
+        # Beside a failed generator, one would see no difference between the others.
         table = [row for row in table if (row[distance] or 0) < 10 * table[0][distance]]
         plotting.save_ablation(where, table, panels, log=["Fréchet distance"])
 

@@ -59,7 +59,7 @@ VARIANTS = {
     "batch-16": ("smaller batches and more steps?", dict(batch_size=16)),
     "batch-64": ("larger batches and fewer steps?", dict(batch_size=64)),
     "stochastic": ("how good is it on the scale of the literature?", dict(binarize="stochastic")),
-    "long": ("what does four times the training buy?", dict(num_epochs=12, distorted=0.5)),
+    "long": ("what do width and a longer training buy?", dict(num_epochs=14, channels=48, distorted=0.5)),
     "large": (
         "how far does it go on a GPU?",
         dict(num_epochs=100, num_blocks=12, channels=96, batch_size=64, learning_rate=1e-3, distorted=0.5),

@@ -54,8 +54,8 @@ def run_all(script, folder, args, variants, given, length=(), flags=(), left_out
 
     def command(name, seed):
         where = place(name, seed)
-        own_length = () if "num_epochs" in changes[name] else length
-        words = [sys.executable, str(script), *own_length, *given, "--seed", str(seed)]
+        length_flags = () if "num_epochs" in changes[name] else length
+        words = [sys.executable, str(script), *length_flags, *given, "--seed", str(seed)]
         words += ["--out-dir", str(where)] + (["--variant", name] if name else [])
         return words + _begin(where, changes[name], args.restart)
 

@@ -1,14 +1,13 @@
-"""Data: verification, unpacking by many processes at once, other data sets, ranges."""
+"""Data: forms of the files, verification, downloads, other data sets, ranges, binarisation and distortion."""
 
+import errno
 import gzip
 import hashlib
-import itertools
-import os
-import shutil
-import subprocess
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,265 +19,189 @@ from utils.data import DATASETS, NUM_HELD_OUT, binarize, distort, load_data, to_
 from utils.files import UserError
 
 NAMES = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
-ARCHIVES = [f"{name}.gz" for name in NAMES]
-NOWHERE = "http://127.0.0.1:9/"
+# The bytes of the files of three small data sets, with 30 training and 20 test images each.
+FILES = {}
+for seed, dataset in enumerate(DATASETS):
+    noise, FILES[dataset] = torch.Generator().manual_seed(seed), {}
+    for name, sizes in zip(NAMES, ([30, 28, 28], [30], [20, 28, 28], [20])):
+        values = torch.randint(256 if "images" in name else 10, sizes, generator=noise, dtype=torch.uint8)
+        header = bytes([0, 0, 8, len(sizes)]) + b"".join(size.to_bytes(4, "big") for size in sizes)
+        FILES[dataset][name] = header + values.numpy().tobytes()
 
-
-def idx(tensor):
-    """Return the bytes of a file in the format of MNIST."""
-    sizes = b"".join(size.to_bytes(4, "big") for size in tensor.shape)
-    return bytes([0, 0, 8, tensor.dim()]) + sizes + tensor.numpy().tobytes()
-
-
-def pack(content):
-    return gzip.compress(content, mtime=0)
+pack = partial(gzip.compress, mtime=0)
 
 
 def md5(content):
     return hashlib.md5(content).hexdigest()
 
 
-@pytest.fixture(scope="module")
-def contents():
-    """Three small data sets: the bytes of each file, by data set and name."""
-    random = torch.Generator().manual_seed(0)
-
-    def draw(name):
-        shape = (30 if "train" in name else 20, *([28, 28] if "images" in name else []))
-        return idx(torch.randint(256 if "images" in name else 10, shape, generator=random, dtype=torch.uint8))
-
-    return {dataset: {name: draw(name) for name in NAMES} for dataset in DATASETS}
-
-
 @pytest.fixture
-def put(contents, tmp_path, monkeypatch):
+def put(tmp_path, monkeypatch):
     """Return a function that writes the files of a small data set; their sums replace the real ones.
 
-    `put(dataset, suffix, source)` fills the folder of `dataset` with the files of `source`, by default its own.
-    They are unpacked for the suffix "" and archives for ".gz". Nothing can be downloaded.
+    `put(dataset, form, source)` fills the folder of `dataset` with the files of `source`, by default its own.
+    `form` makes a path of a name, and of the name with a dot. Nothing can be downloaded.
     """
     known = {}
-    for dataset, files in contents.items():
+    for dataset, files in FILES.items():
         source = getattr(datasets, dataset)
-        monkeypatch.setattr(source, "mirrors", [NOWHERE])
+        monkeypatch.setattr(source, "mirrors", ["http://127.0.0.1:9/"])
         monkeypatch.setattr(source, "resources", [(f"{name}.gz", md5(pack(files[name]))) for name in NAMES])
         for name, content in files.items():
-            known[md5(pack(content) if dataset == "KMNIST" else content)] = dataset, name
+            known[md5(pack(content) if dataset == "KMNIST" else content)] = f"{dataset}/{name}"
     monkeypatch.setattr(data, "KNOWN_FILES", known)
+    data._unpack.cache_clear()  # two changes of a file may fall into one tick of the clock
 
-    def put(dataset="MNIST", suffix=".gz", source=None, spelling="-idx"):
+    def put(dataset="MNIST", form="{0}.gz", source=None):
         raw = tmp_path / dataset / "raw"
-        raw.mkdir(parents=True, exist_ok=True)
-        for name, content in contents[source or dataset].items():
-            path = raw / (name.replace("-idx", spelling) + suffix)
-            path.write_bytes(pack(content) if suffix else content)
+        for name, content in FILES[source or dataset].items():
+            path = raw / form.format(name, name.replace("-idx", ".idx"))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(pack(content) if path.suffix == ".gz" else content)
         return raw
 
     return put
 
 
-@pytest.fixture
-def read_only():
-    """Make a folder read-only, by a mount where the tests run as the administrator."""
-    mounted = []
-
-    def mount(*options):
-        if not shutil.which("mount") or subprocess.run(["mount", *options], check=False).returncode:
-            pytest.skip("the administrator can write everywhere, and nothing can be mounted")
-
-    def make(folder):
-        folder.chmod(0o555)
-        if os.access(folder, os.W_OK):
-            mount("--bind", folder, folder)
-            mounted.append(folder)
-            mount("-o", "remount,bind,ro", folder)
-
-    yield make
-    for folder in mounted:
-        subprocess.run(["umount", folder], check=True)
-
-
-def load(raw):
-    return load_data(raw.parent.parent, raw.parent.name)
+def check(raw, loaded=None):
+    """Check loaded tensors against the bytes of the files."""
+    train_set, test_set = loaded or load_data(raw.parent.parent, raw.parent.name)
+    for tensor, content in zip((*train_set, *test_set), FILES[raw.parent.name].values()):
+        assert tensor.to(torch.uint8).numpy().tobytes() == content[-tensor.numel() :]
 
 
 def refused(raw, *parts):
-    """Check that loading is refused in one line that holds these parts and never says to delete a file."""
+    """Check that loading is refused in one line that holds these parts and the flag that helps."""
     with pytest.raises(UserError) as refusal:
-        load(raw)
+        load_data(raw.parent.parent, raw.parent.name)
     message = str(refusal.value)
-    assert all(part in message for part in (str(raw), *parts)), message
-    assert "\n" not in message and "--data" in message
-    assert not any(word in message for word in ("delete", "remove", "overwrite"))
+    assert all(part in message for part in (str(raw), "--data-dir", *parts)), message
+    assert "\n" not in message
 
 
-def state(raw):
-    """Return the times of the folder and its files."""
-    return {path: path.stat().st_mtime_ns for path in [raw, *raw.iterdir()]}
+def state(folder):
+    """Return the times of a folder and of all that is in it."""
+    return {path: path.stat().st_mtime_ns for path in [folder, *folder.rglob("*")]}
 
 
-def archives_of_mnist(folder):
-    raw = folder / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for archive in ARCHIVES:
-        shutil.copy(ROOT / "data" / "MNIST" / "raw" / archive, raw)
-    return raw
-
-
-def test_unpacks_and_loads(tmp_path):
-    raw = archives_of_mnist(tmp_path)
-    (images, labels), (test_images, test_labels) = load_data(tmp_path)
+def test_loads_mnist_and_leaves_its_folder_alone():
+    before = state(ROOT / "data")
+    (images, labels), (test_images, test_labels) = load_data(ROOT / "data")
     assert images.shape == (60_000, 1, 28, 28) and images.dtype == torch.uint8
     assert test_images.shape == (10_000, 1, 28, 28) and test_images.dtype == torch.uint8
     assert labels.shape == (60_000,) and test_labels.shape == (10_000,) and labels.dtype == torch.int64
     assert labels[:5].tolist() == [5, 0, 4, 1, 9] and test_labels[:5].tolist() == [7, 2, 1, 0, 4]
-    assert images.max() == 255 and images.float().mean().item() == pytest.approx(33.318, abs=1e-3)
-    assert {path.name for path in raw.iterdir()} == {*NAMES, *ARCHIVES}
+    assert images.sum() == 1567298545
 
-    (kept, kept_labels), (held_out, held_out_labels) = load_data(tmp_path, held_out=True)
+    (kept, kept_labels), (held_out, held_out_labels) = load_data(ROOT / "data", held_out=True)
     assert len(kept) == 50_000 and len(held_out) == NUM_HELD_OUT == 10_000
     assert torch.equal(torch.cat([kept, held_out]), images)
     assert torch.equal(torch.cat([kept_labels, held_out_labels]), labels)
-    assert not torch.equal(held_out, test_images)
+    assert before == state(ROOT / "data")
 
 
-def test_eight_processes_start_together(tmp_path, start):
-    raw = archives_of_mnist(tmp_path)
-    ended = [child.end() for child in [start(load_data, tmp_path) for _ in range(8)]]
-    assert all(done.returncode == 0 for done in ended), ended
-    assert {path.name for path in raw.iterdir()} == {*NAMES, *ARCHIVES}
-    assert load_data(tmp_path)[0][0].sum() == 1567298545
-
-
-@pytest.mark.parametrize(
-    "dataset, suffix",
-    [("MNIST", ""), ("MNIST", ".gz"), ("FashionMNIST", ""), ("FashionMNIST", ".gz"), ("KMNIST", ".gz")],
-)
-@pytest.mark.parametrize("spelling", ["-idx", ".idx"])
-def test_reads_every_data_set_in_every_form(dataset, suffix, spelling, put, contents):
-    raw = put(dataset, suffix, spelling=spelling)
+@pytest.mark.parametrize("form", ["{0}.gz", "{1}.gz", "{0}", "{1}", "{0}/{0}", "{0}/{1}"])
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_reads_every_form_and_writes_nothing(dataset, form, put):
+    raw = put(dataset, form)
     before = state(raw)
-    train_set, test_set = load(raw)
-    for tensor, content in zip((*train_set, *test_set), contents[dataset].values()):
-        assert tensor.to(torch.uint8).numpy().tobytes() == content[-tensor.numel() :]
-    if suffix:  # the first use unpacks
-        before = state(raw)
-    load(raw)
-    after = state(raw)
-    if dataset == "KMNIST":  # a temporary folder came and went
-        before[raw] = after[raw]
-    assert before == after
+    if dataset == "KMNIST" and not form.endswith(".gz"):  # only its archives can be verified
+        refused(raw, f"is not KMNIST/{NAMES[0]}", f"put the original {NAMES[0]}.gz into {raw}")
+    else:
+        check(raw)
+    assert before == state(raw)
 
 
-def test_repacked_archives_are_accepted(put, contents):
+def test_reads_archives_repacked_or_unpacked_by_a_browser_whatever_lies_beside(put):
     raw = put()
-    for name, content in contents["MNIST"].items():
-        (raw / f"{name}.gz").write_bytes(gzip.compress(content, compresslevel=1, mtime=1))
-    load(raw)
+    for name, content in FILES["MNIST"].items():
+        (raw / f"{name}.gz").write_bytes(content if "images" in name else gzip.compress(content, 1, mtime=1))
+    (raw / NAMES[0]).mkdir()
+    (raw / NAMES[1]).write_bytes(b"damaged")
+    check(raw)
 
 
-def test_read_only_archives_are_enough_if_none_is_missing(put, read_only):
-    complete, incomplete = put("MNIST"), put("FashionMNIST")
-    (incomplete / "train-labels-idx1-ubyte.gz").unlink()
-    read_only(complete)
-    read_only(incomplete)
-    before = state(complete)
-    assert len(load(complete)[0][0]) == 30
-    assert before == state(complete)
-    refused(incomplete, "lacks train-labels-idx1-ubyte.gz and cannot be written", "--data-dir")
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_missing_unpacked_file_is_unpacked_again(name, put, contents):
+def test_reads_again_what_has_changed_and_nothing_else(put, monkeypatch):
     raw = put()
-    load(raw)
-    (raw / name).unlink()
-    for archive in {*ARCHIVES} - {f"{name}.gz"}:  # those of unpacked files are not needed
-        (raw / archive).unlink()
-    load(raw)
-    assert (raw / name).read_bytes() == contents["MNIST"][name]
+    load_data(raw.parent.parent)[0][0].zero_()  # the caller's own copy
+    with monkeypatch.context() as patch:
+        patch.delattr(Path, "read_bytes")
+        check(raw)
+    (raw / f"{NAMES[3]}.gz").write_bytes(b"damaged")
+    refused(raw, f"{NAMES[3]}.gz is not")
 
 
-def test_kmnist_is_verified_by_its_archives(put):
-    refused(put("KMNIST", ""), "train-images-idx3-ubyte.gz")
-    load(put("KMNIST", ".gz"))
+@pytest.mark.parametrize("dataset, suffix", [("MNIST", ""), ("MNIST", ".gz"), ("KMNIST", ".gz")])
+@pytest.mark.parametrize("damage", ["truncated", "altered", "empty"])
+def test_damaged_files_are_refused_by_name(dataset, suffix, damage, put):
+    for name in NAMES:
+        path = put(dataset, "{0}" + suffix) / (name + suffix)
+        content = path.read_bytes()
+        altered = content[:20] + bytes([content[20] ^ 1]) + content[21:]
+        path.write_bytes(dict(truncated=content[:20], altered=altered, empty=b"")[damage])
+        words = f"{path} is not {dataset}/{name} but damaged", f"put the original {name}.gz into"
+        refused(path.parent, *words)
 
 
-def test_downloads_only_what_is_missing(put, contents, tmp_path):
-    raw = put("FashionMNIST")
-    website = tmp_path / "website"
-    shutil.copytree(raw, website)
-    (raw / "t10k-labels-idx1-ubyte.gz").unlink()
-    asked = []
+def test_swapped_files_and_other_data_sets_are_recognised(put):
+    for first, second in ((0, 1), (0, 2), (1, 3)):
+        raw = put(form="{0}")
+        (raw / NAMES[first]).write_bytes(FILES["MNIST"][NAMES[second]])
+        refused(raw, f"{raw / NAMES[first]} is not MNIST/{NAMES[first]} but MNIST/{NAMES[second]}")
+    for source in DATASETS[1:]:
+        refused(put(source=source), f"but {source}/{NAMES[0]}", "another --dataset")
 
-    class Handler(SimpleHTTPRequestHandler):
-        def log_message(self, *_):
-            asked.append(self.path)
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=website)) as server:
+def test_data_dir_too_deep(put, tmp_path):
+    raw = put()
+    before = state(tmp_path)
+    for below in ("MNIST", "MNIST/raw"):
+        with pytest.raises(UserError) as refusal:
+            load_data(tmp_path / below)
+        assert str(refusal.value) == f"the files are in {raw}: use --data-dir {tmp_path}"
+    assert before == state(tmp_path)
+
+
+def test_missing_archives_are_downloaded(put, tmp_path):
+    raw, archive = put("FashionMNIST"), f"{NAMES[3]}.gz"
+    (raw / archive).rename(tmp_path / archive)
+    refused(raw, f"{raw} lacks {archive}, and the download failed", "put it there")
+    website = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), website) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         datasets.FashionMNIST.mirrors.append(f"http://127.0.0.1:{server.server_port}/")
-        load(raw)
-        assert set(asked) == {"/t10k-labels-idx1-ubyte.gz"}
-        assert not list(raw.glob(".unpack-*"))
-        for name, content in contents["FashionMNIST"].items():
-            assert (raw / name).read_bytes() == content
-        # A download that is not the file is refused and not kept.
-        (website / "train-labels-idx1-ubyte.gz").write_bytes(b"something else")
-        for path in raw.glob("train-labels*"):
-            path.unlink()
-        refused(raw, "train-labels-idx1-ubyte.gz", "download failed", "--data-dir")
-        assert not list(raw.glob("train-labels*"))
+        with ThreadPoolExecutor(4) as pool:
+            for loaded in pool.map(load_data, [tmp_path] * 4, ["FashionMNIST"] * 4):
+                check(raw, loaded)
+        assert {path.name for path in raw.iterdir()} == {f"{name}.gz" for name in NAMES}
+        (raw / archive).unlink()
+        (tmp_path / archive).write_bytes(b"something else")
+        refused(raw, f"{raw} lacks {archive}, and the download failed", "put it there")
         server.shutdown()
+    assert {path.name for path in raw.iterdir()} == {f"{name}.gz" for name in NAMES[:3]}
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dataset, suffix", [("MNIST", ""), ("MNIST", ".gz"), ("KMNIST", ".gz")])
-@pytest.mark.parametrize("damage", ["truncated", "altered", "empty", "folder"])
-def test_damaged_files_are_refused_by_name(name, dataset, suffix, damage, put):
-    path = put(dataset, suffix) / (name + suffix)
-    content = bytearray(path.read_bytes())
-    path.unlink()
-    if damage == "altered":
-        content[len(content) // 2] ^= 1
-    else:
-        del content[len(content) // 2 if damage == "truncated" else 0 :]
-    path.mkdir() if damage == "folder" else path.write_bytes(content)
-    complaint = "cannot be loaded" if damage == "folder" else f"is damaged or is not the file of {dataset}:"
-    refused(path.parent, f"{path} {complaint}", "--data-dir")
-    assert path.is_dir() or path.stat().st_size == len(content)
-
-
-@pytest.mark.parametrize("first, second", [*itertools.combinations(NAMES, 2)])
-@pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_swapped_files_are_refused_by_name(first, second, suffix, put):
-    raw = put(suffix=suffix)
-    for source, target in ((first, "aside"), (second, first), ("aside", second)):
-        (raw / (source + suffix)).rename(raw / (target + suffix))
-    refused(raw, first, "is not the file of MNIST")
-
-
-@pytest.mark.parametrize("source, suffix", [("FashionMNIST", ""), ("FashionMNIST", ".gz"), ("KMNIST", ".gz")])
-def test_files_of_another_data_set_are_recognised(source, suffix, put):
-    refused(put("MNIST", suffix, source), f"these are the files of {source}, not MNIST: --dataset {source}")
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_missing_archive_that_cannot_be_downloaded_is_named(name, put):
+def test_full_disk(put, monkeypatch):
     raw = put()
-    (raw / f"{name}.gz").unlink()
-    refused(raw, f"{name}.gz", "--data-dir")
+    (raw / f"{NAMES[0]}.gz").unlink()
+
+    def fill(_, folder, **__):
+        (Path(folder) / f"{NAMES[0]}.gz").write_bytes(b"a part")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(data, "download_url", fill)
+    refused(raw, f"no room for {NAMES[0]}.gz: make some")
+    assert {path.name for path in raw.iterdir()} == {f"{name}.gz" for name in NAMES[1:]}
 
 
-def test_folder_that_is_a_file(tmp_path):
-    (tmp_path / "data").write_text("")
-    refused(tmp_path / "data" / "MNIST" / "raw", "--data-dir")
-
-
-def test_unknown_data_set(tmp_path):
+def test_unreadable_file_a_file_as_folder_and_unknown_data_set(put, monkeypatch, tmp_path):
+    raw = put()
+    (tmp_path / "file").write_text("")
+    refused(tmp_path / "file" / "MNIST" / "raw", "Not a directory")
     with pytest.raises(UserError, match="'mnist'.*MNIST, FashionMNIST, KMNIST"):
         load_data(tmp_path, "mnist")
-    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(Path, "read_bytes", lambda path: tmp_path.read_text())
+    refused(raw, f"{raw / NAMES[0]}.gz cannot be read (Is a directory)")
 
 
 def test_ranges_and_binarisation():
@@ -293,14 +216,14 @@ def test_ranges_and_binarisation():
     noise = torch.Generator()
     first, second = (binarize(pixels.repeat(50), "stochastic", noise.manual_seed(seed)) for seed in (3, 3))
     assert torch.equal(first, second)
-    with pytest.raises(ValueError, match="'thresold'"):
+    with pytest.raises(KeyError, match="thresold"):
         binarize(pixels, "thresold")
 
 
 def test_distortion_is_small_and_leaves_the_other_images_alone():
     images = torch.zeros(400, 1, 28, 28, dtype=torch.uint8)
     images[:, :, 8:20, 12:16] = 255
-    assert torch.equal(distort(images, 0.0), images)
+    assert torch.equal(distort(images, 0), images)
     distorted = distort(images, 0.5)
     assert distorted.dtype == torch.uint8 and distorted.shape == images.shape
     changed = (distorted != images).flatten(1).any(1)

@@ -5,6 +5,7 @@ Masked convolutions give the logits (van den Oord et al. 2016a, "Pixel Recurrent
 1601.06759; with labels, 2016b, "Conditional Image Generation with PixelCNN Decoders", arXiv 1606.05328).
 """
 
+import math
 from typing import Annotated, Literal, get_args
 
 import torch
@@ -12,8 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from models.ar_sampler import draw_images
+from models.common import IMAGE_SHAPE, NUM_CLASSES, checked
 
-IMAGE_SHAPE = (1, 28, 28)
 Activation = Literal["relu", "hardswish", "gelu", "silu"]  # names in torch.nn.functional
 Block = Literal["plain", "residual", "gated"]
 
@@ -28,7 +29,6 @@ class MaskedConv2d(nn.Conv2d):
         if mask_type not in ("A", "B"):
             raise ValueError(f"mask_type is 'A' or 'B', not {mask_type!r}")
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
-        self.mask_type = mask_type
         row, column = (size // 2 for size in self.kernel_size)  # of the centre
         mask = torch.ones_like(self.weight)
         first_hidden = column if mask_type == "A" else column + 1
@@ -38,19 +38,16 @@ class MaskedConv2d(nn.Conv2d):
 
     def forward(self, x):
         """Convolve (N, in_channels, H, W) to (N, out_channels, H', W'); the kernel is weight * mask."""
-        # The same as F.conv2d(x, self.weight * self.mask, self.bias, self.stride, self.padding), but without the rows
-        # below the centre, which are zero. So a 5 x 5 kernel takes 3/5 of the time.
-        weight = self.visible_weight()
-        hidden_rows = self.kernel_size[0] - weight.shape[2]
+        if isinstance(self.padding, str):  # "same" or "valid"
+            return F.conv2d(x, self.weight * self.mask, self.bias, self.stride, self.padding)
+        # The same, but without the rows below the centre, which are zero. So a 5 x 5 kernel takes 3/5 of the time.
+        rows = self.kernel_size[0] // 2 + 1
+        weight = self.weight[:, :, :rows] * self.mask[:, :, :rows]
+        hidden_rows = self.kernel_size[0] - rows
         top, side = self.padding
         if top or side or hidden_rows:
             x = F.pad(x, (side, side, top, top - hidden_rows))  # a negative padding crops
         return F.conv2d(x, weight, self.bias, self.stride)
-
-    def visible_weight(self):
-        """Return the masked kernel down to its centre row, (out_channels, in_channels, rows, columns)."""
-        rows = self.kernel_size[0] // 2 + 1
-        return self.weight[:, :, :rows] * self.mask[:, :, :rows]
 
     def _load_from_state_dict(self, state_dict, prefix, *others):
         # The handout saves the mask. It follows from the arguments, so a saved one is not needed.
@@ -71,8 +68,7 @@ class ConditionalMaskedConv2d(MaskedConv2d):
 
     def forward(self, x, y):
         """Convolve x (N, in_channels, H, W) and add V y, for one-hot labels y (N, num_classes)."""
-        class_bias = self.class_emb(y.to(self.class_emb.weight.dtype))
-        return super().forward(x) + class_bias[:, :, None, None]
+        return super().forward(x) + self.class_emb(y.to(self.class_emb.weight.dtype))[:, :, None, None]
 
 
 class PixelCNN(nn.Module):
@@ -81,35 +77,26 @@ class PixelCNN(nn.Module):
     A type-A layer, blocks of type-B layers, and a head of two 1 x 1 layers, whose mask B hides nothing. A block is a
     k x k layer and, if `pointwise`, a 1 x 1 layer, much as in 2016a, fig. 5. A 'plain' block replaces its input h by
     block(h). A 'residual' one adds block(h) to h. A 'gated' one adds a * sigmoid(b), where a and b are the halves of
-    block(h) (2016b, Eq. 2, without tanh). An argument out of its range raises ValueError.
+    block(h) (2016b, Eq. 2, without tanh). Numbers in an annotation are the option's range.
     """
 
     def __init__(
         self,
         *,
-        num_blocks: Annotated[int, "blocks between the type-A layer and the head"] = 8,
+        num_blocks: Annotated[int, (0, math.inf), "blocks between the type-A layer and the head"] = 8,
         channels: Annotated[int, "feature maps of each layer but the head"] = 32,
-        first_kernel_size: Annotated[int, "kernel size of the type-A layer, odd"] = 27,
-        kernel_size: Annotated[int, "kernel size of the blocks, odd"] = 5,
+        first_kernel_size: Annotated[int, range(1, 56, 2), "kernel size of the type-A layer, odd"] = 27,
+        kernel_size: Annotated[int, range(1, 56, 2), "kernel size of the blocks, odd"] = 5,
         head_channels: Annotated[int, "feature maps between the two 1 x 1 layers of the head"] = 64,
         activation: Annotated[Activation, "nonlinearity before each layer but the first"] = "hardswish",
         pointwise: Annotated[bool, "end each block with a 1 x 1 layer"] = True,
         block: Annotated[Block, "how a block changes the features"] = "residual",
-        dropout: Annotated[float, "probability of dropping a feature before a layer of a block"] = 0.0,
+        dropout: Annotated[float, (0, 1), "share of features that each layer of a block drops"] = 0.0,
         positional: Annotated[bool, "add a learned vector for each position"] = True,
     ):
-        if num_blocks < 0:
-            raise ValueError(f"num_blocks must be at least 0, not {num_blocks}")
-        if min(channels, head_channels) < 1:
-            raise ValueError(f"channels, head_channels must be at least 1, not {channels}, {head_channels}")
-        for name, size in (("first_kernel_size", first_kernel_size), ("kernel_size", kernel_size)):
-            if size < 1 or size % 2 == 0:
-                raise ValueError(f"{name} must be a positive odd number, not {size}")
         for name, value, kind in (("activation", activation, Activation), ("block", block, Block)):
             if value not in get_args(kind):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, not {value!r}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, not {dropout}")
         super().__init__()
         self.block, self.dropout = block, dropout
         self.activation = getattr(F, activation)
@@ -131,7 +118,8 @@ class PixelCNN(nn.Module):
         return MaskedConv2d(mask_type, in_channels, out_channels, kernel_size, padding=kernel_size // 2)
 
     def forward(self, x):
-        """Return the logits (N, 1, H, W) of images x (N, 1, H, W) in {0, 1}."""
+        """Return the logits (N, 1, H, W) of images x (N, 1, H, W) in {0, 1}; other shapes raise ValueError."""
+        x = checked("x", x, ("N", 1, "H", "W"), next(self.parameters()))
         return self.logits(x, lambda layer, h: layer(h), self.position_vectors(*x.shape[2:]))
 
     def logits(self, x, convolve, position):
@@ -163,11 +151,9 @@ class PixelCNN(nn.Module):
     def sample(self, num_samples, generator=None, cached=True, given=None):
         """Draw images in {0, 1}, (num_samples, 1, 28, 28), pixel by pixel in raster order, in eval mode.
 
-        Args:
-            generator: CPU `torch.Generator`, by default a new one with seed 0.
-            cached: compute each feature once. Otherwise run the whole network for every pixel, which is slow.
-                Both draw the same images, except for ties within rounding.
-            given: uppermost rows of the images to complete, (num_samples, 1, rows, 28) in {0, 1}.
+        `generator` is on the CPU, by default a new one with seed 0. `given` has the upper rows of images to complete,
+        (num_samples, 1, rows, 28). If not `cached`, the whole network runs for each pixel. That is slow, and draws
+        the same images, except for ties within rounding.
         """
         return draw_images(self, (num_samples, *IMAGE_SHAPE), generator, cached, given)
 
@@ -175,9 +161,7 @@ class PixelCNN(nn.Module):
 class ConditionalPixelCNN(PixelCNN):
     """PixelCNN whose masked layers all see the label, for p(x | y), with the arguments of `PixelCNN`."""
 
-    def __init__(self, num_classes=10, **architecture):
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, not {num_classes}")
+    def __init__(self, num_classes=NUM_CLASSES, **architecture):
         self.num_classes = num_classes  # before the layers are made, which need it
         super().__init__(**architecture)
 
@@ -188,12 +172,16 @@ class ConditionalPixelCNN(PixelCNN):
 
     def forward(self, x, y):
         """Return the logits (N, 1, H, W) of images x (N, 1, H, W) with one-hot labels y (N, num_classes)."""
+        x = checked("x", x, ("N", 1, "H", "W"), next(self.parameters()))
+        y = checked("y", y.float(), ("N", self.num_classes), x)  # F.one_hot gives integers
         return self.logits(x, lambda layer, h: layer(h, y), self.position_vectors(*x.shape[2:]))
 
     def sample(self, labels, generator=None, cached=True, given=None):
         """Draw an image of each class in `labels`, a list or a tensor (N,); see `PixelCNN.sample`."""
-        labels = torch.as_tensor(labels, device=self.first.weight.device)
-        if labels.dim() != 1:
-            raise ValueError("labels must have one class per image, such as [3] for one image of a 3")
+        labels = torch.as_tensor(labels)
+        wrong = {*labels.flatten().tolist()} - {*range(self.num_classes)}
+        if wrong or labels.dim() != 1:
+            takes = f"a list of classes from 0 to {self.num_classes - 1}, such as [3]"
+            raise ValueError(f"labels takes {takes}, not {wrong or labels.tolist()}")
         y = F.one_hot(labels.long(), self.num_classes)
         return draw_images(self, (len(labels), *IMAGE_SHAPE), generator, cached, given, (y,))

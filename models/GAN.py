@@ -1,44 +1,38 @@
 """Generative adversarial network of fully connected layers (Goodfellow et al. 2014, arXiv 1406.2661).
 
 The generator G turns noise z ~ N(0, I) into an image. The discriminator D gives the logit of "this image is
-real". Both use LeakyReLU. Only the discriminator has dropout. Arguments out of range raise ValueError.
+real". Both use LeakyReLU. Only the discriminator has dropout.
 """
 
 import torch
 from torch import nn
 
-IMAGE_SHAPE = (1, 28, 28)
-NUM_PIXELS = 28 * 28
-LEAKY_SLOPE = 0.2
+from models.common import IMAGE_SHAPE, NUM_PIXELS, checked, linear_layers
 
 
 class Discriminator(nn.Module):
     """Network that tells real images from generated ones; `channels` are the units of its hidden layers."""
 
     def __init__(self, channels=(256, 128, 64), dropout=0.1):
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, not {dropout}")
         super().__init__()
-        self.layers = nn.Sequential(*_linear_layers(NUM_PIXELS, channels, 1, dropout))
+        self.layers = nn.Sequential(*linear_layers(NUM_PIXELS, *channels, 1, dropout=dropout))
 
     def forward(self, x):
         """Return the logits (N, 1), without a sigmoid, of images x (N, 1, 28, 28) or (N, 784) in [-1, 1]."""
-        return self.layers(x.flatten(1))
+        return self.layers(checked("x", x.flatten(1), ("N", NUM_PIXELS), self.layers[0].weight))
 
 
 class Generator(nn.Module):
     """Network that turns noise of `dim_z` dimensions (100 in the handout) into an image."""
 
     def __init__(self, dim_z=100, channels=(64, 128, 256)):
-        if dim_z < 1:
-            raise ValueError(f"dim_z must be at least 1, not {dim_z}")
         super().__init__()
         self.dim_z = dim_z
-        self.layers = nn.Sequential(*_linear_layers(dim_z, channels, NUM_PIXELS), nn.Tanh())
+        self.layers = nn.Sequential(*linear_layers(dim_z, *channels, NUM_PIXELS), nn.Tanh())
 
     def forward(self, z):
         """Turn noise z (N, dim_z) into images (N, 784) in [-1, 1]."""
-        return self.layers(z)
+        return self.layers(checked("z", z, ("N", self.dim_z), self.layers[0].weight))
 
     @torch.no_grad()
     def sample(self, num_samples, generator=None):
@@ -47,21 +41,9 @@ class Generator(nn.Module):
         `generator` draws the noise, a CPU `torch.Generator`, by default a new one with seed 0.
         """
         generator = generator or torch.Generator().manual_seed(0)
-        z = torch.randn(num_samples, self.dim_z, generator=generator)
-        images = self(z.to(next(self.parameters())))
+        z = torch.randn(num_samples, self.dim_z, generator=generator, dtype=torch.float32)
+        images = self(z.to(next(self.parameters()).device))
         return ((images + 1) / 2).reshape(-1, *IMAGE_SHAPE)
-
-
-def _linear_layers(inputs, channels, outputs, dropout=None):
-    """Make hidden layers of `channels` units, with LeakyReLU and, if given, dropout, and an output layer."""
-    if len(channels) == 0 or min(channels) < 1:
-        raise ValueError(f"channels must list one or more hidden layers with at least 1 unit, not {channels}")
-    layers = []
-    for previous, units in zip([inputs, *channels], channels):
-        layers += [nn.Linear(previous, units), nn.LeakyReLU(LEAKY_SLOPE)]
-        if dropout is not None:
-            layers.append(nn.Dropout(dropout))
-    return [*layers, nn.Linear(channels[-1], outputs)]
 
 
 def train_discriminator(
@@ -73,8 +55,7 @@ def train_discriminator(
         images: real images, (N, 1, 28, 28) or (N, 784), in [-1, 1].
         fake_images: generated images, (N, 784). No gradient reaches the generator.
         criterion: mean binary cross-entropy on logits, `torch.nn.BCEWithLogitsLoss()`.
-        relativistic: replace each logit by that logit minus the logit of an image of the other kind (Huang et al.
-            2024, arXiv 2501.05441, section 2.1). Both terms of the loss are then equal.
+        relativistic: take `relativistic_logits` in the loss. Both terms of the loss are then equal.
         penalty: weight of `gradient_penalty`, which is minimised as well but is no part of d_loss.
 
     Returns:
@@ -86,10 +67,9 @@ def train_discriminator(
     # One pass is faster than two. Without batch normalisation, images do not influence one another.
     x = torch.cat([images, fake_images]).requires_grad_(penalty > 0)
     outputs = discriminator(x)
-    outputs_real, outputs_fake = outputs.split(sizes)
-    real, fake = outputs_real, outputs_fake
+    outputs_real, outputs_fake = real, fake = outputs.split(sizes)
     if relativistic:
-        real, fake = outputs_real - outputs_fake, outputs_fake - outputs_real
+        real, fake = relativistic_logits(outputs_real, outputs_fake)
     d_loss_fake = criterion(fake, torch.zeros_like(fake))
     d_loss = criterion(real, torch.ones_like(real)) + d_loss_fake
     loss = d_loss + penalty * gradient_penalty(x, outputs, sizes) if penalty else d_loss
@@ -97,6 +77,14 @@ def train_discriminator(
     loss.backward()
     d_optimizer.step()
     return d_loss.detach(), outputs_real.detach(), outputs_fake.detach(), d_loss_fake.detach()
+
+
+def relativistic_logits(outputs_real, outputs_fake):
+    """Return D(x) - D(G(z)) and D(G(z)) - D(x), logits (N, 1) of "this one of the two is real".
+
+    Trained on these (Huang et al. 2024, arXiv 2501.05441, section 2.1), D fixes its own logits only up to a constant.
+    """
+    return outputs_real - outputs_fake, outputs_fake - outputs_real
 
 
 def gradient_penalty(x, outputs, sizes):
@@ -128,7 +116,7 @@ def train_generator(
     """
     outputs = discriminator_outputs.to(device)
     if outputs_real is not None:
-        outputs = outputs - outputs_real.detach().to(device)
+        _, outputs = relativistic_logits(outputs_real.detach().to(device), outputs)
     g_loss_fake = criterion(outputs, torch.zeros_like(outputs))
     g_loss = -g_loss_fake if saturating else criterion(outputs, torch.ones_like(outputs))
     g_optimizer.zero_grad()

@@ -5,18 +5,15 @@ Bernoulli means of p(x|z). The prior p(z) is N(0, I). Hidden layers use LeakyReL
 sigmoid.
 """
 
-import math
-
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-IMAGE_SHAPE = (1, 28, 28)
-LEAKY_SLOPE = 0.2
+from models.common import IMAGE_SHAPE, NUM_PIXELS, checked, linear_layers
 
 
 class VAE_model(nn.Module):
-    """Encoder and mirrored decoder of images with `input_dim` pixels; impossible widths raise ValueError.
+    """Encoder and mirrored decoder of images with `input_dim` pixels.
 
     Args:
         hidden_dims: [h1, h2, ..., 2 * latent]. These are the encoder's hidden layers, one or more, and its
@@ -27,18 +24,17 @@ class VAE_model(nn.Module):
     def __init__(self, input_dim, hidden_dims, decode_dim=-1):
         super().__init__()
         self.decode_dim = input_dim if decode_dim == -1 else decode_dim
-        if len(hidden_dims) < 2 or hidden_dims[-1] % 2:
-            raise ValueError(f"hidden_dims must list hidden layers and an even 2 * latent, not {hidden_dims}")
-        if min(input_dim, self.decode_dim, *hidden_dims) < 1:
-            raise ValueError(f"layers must have at least 1 unit, not {[input_dim, *hidden_dims, decode_dim]}")
         *hidden, output = hidden_dims
         self.z_size = output // 2
-        self.encoder = _fully_connected(input_dim, *hidden, output)
-        self.decoder = _fully_connected(self.z_size, *reversed(hidden), self.decode_dim).append(nn.Sigmoid())
+        self.encoder = nn.Sequential(*linear_layers(input_dim, *hidden, output))
+        widths = self.z_size, *reversed(hidden), self.decode_dim
+        self.decoder = nn.Sequential(*linear_layers(*widths), nn.Sigmoid())
 
     def encode(self, x):
         """Return mean and logvar of q(z|x), (N, z_size) each, for images x (N, ...) in [0, 1]."""
-        return self.encoder(x.flatten(1)).chunk(2, dim=1)
+        first = self.encoder[0]
+        x = checked("x", x.flatten(1), ("N", first.in_features), first.weight)
+        return self.encoder(x).chunk(2, dim=1)
 
     def reparameterize(self, mean, logvar):
         """Draw z = mean + sigma * epsilon with epsilon ~ N(0, I) (Kingma & Welling 2014, section 2.4)."""
@@ -46,11 +42,11 @@ class VAE_model(nn.Module):
 
     def decode(self, z):
         """Return the Bernoulli means of the pixels, (N, decode_dim) in [0, 1], for z (N, z_size)."""
-        return self.decoder(z)
+        return self.decoder(checked("z", z, ("N", self.z_size), self.decoder[0].weight))
 
     def decode_logits(self, z):
         """Return the logits of the Bernoulli means, (N, decode_dim), for z (N, z_size)."""
-        return self.decoder[:-1](z)
+        return self.decoder[:-1](checked("z", z, ("N", self.z_size), self.decoder[0].weight))
 
     def forward(self, x):
         """Return a dict of the decoded `imgs` (N, decode_dim), and `z`, `mean`, `logvar` (N, z_size).
@@ -67,19 +63,11 @@ class VAE_model(nn.Module):
 
         `generator` draws z, a CPU `torch.Generator`, by default a new one with seed 0.
         """
-        if self.decode_dim != math.prod(IMAGE_SHAPE):
+        if self.decode_dim != NUM_PIXELS:
             raise ValueError(f"the decoder gives {self.decode_dim} pixels, which are no 28 x 28 image")
         generator = generator or torch.Generator().manual_seed(0)
-        z = torch.randn(num_samples, self.z_size, generator=generator)
-        return self.decode(z.to(next(self.parameters()))).reshape(-1, *IMAGE_SHAPE)
-
-
-def _fully_connected(*widths):
-    """Make linear layers between consecutive widths, with LeakyReLU between them."""
-    layers = []
-    for inputs, outputs in zip(widths, widths[1:]):
-        layers += [nn.Linear(inputs, outputs), nn.LeakyReLU(LEAKY_SLOPE)]
-    return nn.Sequential(*layers[:-1])
+        z = torch.randn(num_samples, self.z_size, generator=generator, dtype=torch.float32)
+        return self.decode(z.to(next(self.parameters()).device)).reshape(-1, *IMAGE_SHAPE)
 
 
 def reconstruction_loss(imgs, x):
@@ -88,7 +76,7 @@ def reconstruction_loss(imgs, x):
     Kingma & Welling 2014, appendix C.1, for Bernoulli means `imgs` (N, D) and targets x (N, ...) in [0, 1].
     """
     # A diverged network gives NaN, for which binary_cross_entropy raises an error. We return NaN, and the run stops.
-    nats = F.binary_cross_entropy(imgs.nan_to_num(), x.flatten(1), reduction="none").sum(dim=1)
+    nats = F.binary_cross_entropy(imgs.nan_to_num(), x.flatten(1).to(imgs.dtype), reduction="none").sum(dim=1)
     return nats.masked_fill(imgs.isnan().any(dim=1), torch.nan)
 
 

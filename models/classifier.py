@@ -2,7 +2,7 @@
 
 from torch import nn
 
-NUM_CLASSES = 10
+from models.common import IMAGE_SHAPE, NUM_CLASSES, checked
 
 
 class Classifier(nn.Module):
@@ -23,7 +23,7 @@ class Classifier(nn.Module):
 
     def features(self, x):
         """Return the features (N, num_features) of images x (N, 1, 28, 28)."""
-        return self.to_features(self.stages(x))
+        return self.to_features(self.stages(checked("x", x, ("N", *IMAGE_SHAPE), self.to_logits.weight)))
 
     def forward(self, x):
         """Return the logits (N, 10) of images x (N, 1, 28, 28)."""

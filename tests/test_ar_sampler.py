@@ -1,20 +1,31 @@
-"""Sampling from step 2's networks: the cached sampler draws what the plain loop draws."""
+"""Our extras of step 2: the cached sampler draws what the plain loop draws, which draws where it cannot."""
 
-import copy
 import math
+import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from models import AR
-from models.AR import ConditionalMaskedConv2d, ConditionalPixelCNN, MaskedConv2d, PixelCNN
+from models import AR, ar_sampler
+from models.AR import ConditionalPixelCNN, PixelCNN
+from models.ar_sampler import SlowSampling, can_cache
+from tests import textbook
 from tests.test_ar import ARCHITECTURES, SMALL, build, constant_network
 
 
 def image_size(monkeypatch, height, width):
     """Let networks draw smaller images."""
     monkeypatch.setattr(AR, "IMAGE_SHAPE", (1, height, width))
+
+
+@pytest.fixture(autouse=True)
+def _strict():
+    """Let a test fail whose sampling falls back to the plain loop, unless it says so."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SlowSampling)
+        yield
 
 
 def assert_cached_draws_what_plain_draws(network, what):
@@ -35,23 +46,10 @@ def test_cached_sampling_draws_what_the_plain_loop_draws(architecture, monkeypat
         assert_cached_draws_what_plain_draws(build(ConditionalPixelCNN, **architecture), [5])
 
 
-def test_cached_sampling_of_the_default_networks(monkeypatch):
-    """In single precision, as users call them, on parts of images."""
+def test_cached_sampling_of_the_default_network(monkeypatch):
+    """In single precision, as users call it, on parts of images."""
     image_size(monkeypatch, 4, 16)
-    assert_cached_draws_what_plain_draws(PixelCNN(), 1)
     assert_cached_draws_what_plain_draws(ConditionalPixelCNN(), torch.tensor([7, 0]))
-
-
-class WithoutBias(PixelCNN):
-    def masked_layer(self, mask_type, in_channels, out_channels, kernel_size):
-        padding = kernel_size // 2
-        return MaskedConv2d(mask_type, in_channels, out_channels, kernel_size, 1, padding, bias=False)
-
-
-class ConditionalWithoutBias(ConditionalPixelCNN):
-    def masked_layer(self, mask_type, in_channels, out_channels, kernel_size):
-        sizes = in_channels, out_channels, kernel_size, self.num_classes, 1, kernel_size // 2
-        return ConditionalMaskedConv2d(mask_type, *sizes, bias=False)
 
 
 class Normalised(PixelCNN):
@@ -68,22 +66,119 @@ class TwoLayersInABlock(PixelCNN):
         self.further = self.masked_layer("B", 5, 5, 3)
 
     def logits(self, x, convolve, position):
-        return super().logits(
-            x,
-            lambda layer, h: convolve(self.further, h) if layer is self.blocks[1][0] else convolve(layer, h),
-            position,
-        )
+        def further_instead(layer, h):
+            return convolve(self.further if layer is self.blocks[1][0] else layer, h)
+
+        return super().logits(x, further_instead, position)
 
 
-@pytest.mark.parametrize(
-    "network_class, what",
-    [(WithoutBias, 2), (ConditionalWithoutBias, [4, 9]), (Normalised, 2), (TwoLayersInABlock, 2)],
-)
-def test_networks_that_a_reader_may_try_can_be_sampled(network_class, what, monkeypatch):
+class PlainHead(PixelCNN):
+    """With unmasked 1 x 1 layers, which need no mask."""
+
+    def __init__(self, **architecture):
+        super().__init__(**architecture)
+        self.head = nn.ModuleList([nn.Conv2d(5, 5, 1), nn.Conv2d(5, 1, 1)])
+
+
+@pytest.mark.parametrize("network_class", [Normalised, TwoLayersInABlock, PlainHead])
+def test_networks_that_a_reader_may_try_can_be_sampled(network_class, monkeypatch):
     image_size(monkeypatch, 6, 6)
     network = build(network_class, head_channels=5, pointwise=False)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean)
     nn.init.normal_(network.head[-1].weight, std=3)
-    assert_cached_draws_what_plain_draws(network, what)
+    assert_cached_draws_what_plain_draws(network, 2)
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_textbook_layers_in_place_of_ours_are_cached(same, monkeypatch):
+    """They have none of our attributes, a mask of shape (1, 1, k, k), and perhaps padding="same"."""
+    image_size(monkeypatch, 7, 6)
+    for name in ("MaskedConv2d", "ConditionalMaskedConv2d"):
+        theirs = getattr(textbook, name)
+        layer = (lambda *sizes, padding, of=theirs: of(*sizes, padding="same")) if same else theirs
+        monkeypatch.setattr(AR, name, layer)
+    for network_class, what in ((PixelCNN, 3), (ConditionalPixelCNN, [0, 3, 6])):
+        network = build(network_class, block="gated")
+        assert isinstance(network.first, textbook.MaskedConv2d)
+        assert_cached_draws_what_plain_draws(network, what)
+
+
+class Unmasked(PixelCNN):
+    """With a 3 x 3 layer that sees later pixels."""
+
+    def __init__(self, **architecture):
+        super().__init__(**architecture)
+        self.blocks[1][0] = nn.Conv2d(5, 5, 3, padding=1)
+
+
+class OpenMask(PixelCNN):
+    """With a mask that shows one later pixel."""
+
+    def __init__(self, **architecture):
+        super().__init__(**architecture)
+        self.blocks[0][0].mask[2, 1, -1, 0] = 1
+
+
+class Shifted(PixelCNN):
+    """With features that are moved down by a row in `logits`, as gated PixelCNNs do."""
+
+    def logits(self, x, convolve, position):
+        def shift_last(layer, h):
+            return convolve(layer, F.pad(h, (0, 0, 1, 0))[:, :, :-1] if layer is self.head[0] else h)
+
+        return super().logits(x, shift_last, position)
+
+
+class Dilated(PixelCNN):
+    def masked_layer(self, mask_type, in_channels, out_channels, kernel_size):
+        layer, padding = (
+            super().masked_layer(mask_type, in_channels, out_channels, kernel_size),
+            kernel_size - 1,
+        )
+        layer.forward = lambda x: F.conv2d(x, layer.weight * layer.mask, layer.bias, 1, padding, dilation=2)
+        return layer
+
+
+class NormalisedOverPixels(PixelCNN):
+    """With a normalisation that fails for one pixel. It sees later pixels."""
+
+    def __init__(self, **architecture):
+        super().__init__(**architecture)
+        self.activation = nn.LayerNorm([5, 6, 6], dtype=torch.double)
+
+
+@pytest.mark.parametrize("network_class", [Unmasked, OpenMask, Shifted, Dilated, NormalisedOverPixels])
+def test_the_plain_loop_draws_what_the_cache_cannot(network_class, monkeypatch):
+    image_size(monkeypatch, 6, 6)
+    network = build(network_class, head_channels=5)
+    nn.init.normal_(network.head[-1].weight, std=3)
+    assert not can_cache(network, (8, 1, 6, 6)) and can_cache(build(PixelCNN), (8, 1, 6, 6))
+    for given in (None, torch.ones(3, 1, 2, 6)):
+        with pytest.warns(SlowSampling, match="because") as warned:
+            images = network.sample(3, given=given)
+        assert len(warned) == 1
+        assert torch.equal(images, network.sample(3, cached=False, given=given))
+
+
+def test_a_mistake_in_the_network_keeps_its_traceback(monkeypatch):
+    network = PixelCNN(**SMALL).train()
+    network.blocks[1][0].forward = lambda x: [1, 2][3]
+    with pytest.raises(IndexError), pytest.warns(SlowSampling):
+        network.sample(2)
+    assert network.training
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_images_do_not_depend_on_how_many_are_drawn_at_once(cached, monkeypatch):
+    image_size(monkeypatch, 6, 5)
+    labels = torch.arange(7)
+    network = build(ConditionalPixelCNN)
+    whole = network.sample(labels, cached=cached)
+    monkeypatch.setattr(ar_sampler, "CHUNK", 3)
+    assert torch.equal(network.sample(labels, cached=cached), whole)
+    assert torch.equal(network.sample(labels, cached=cached, given=whole[:, :, :2]), whole)
 
 
 @pytest.mark.parametrize("cached", [True, False])
@@ -98,36 +193,15 @@ def test_completion_keeps_the_given_rows_and_draws_the_rest(cached, monkeypatch)
     completed = network.sample(3, cached=cached, given=given)
     assert torch.equal(completed[:, :, :5], given)
     assert not torch.equal(completed[:, :, 5:], whole[:, :, 5:])
-    conditional = build(ConditionalPixelCNN)
-    drawn = conditional.sample(torch.tensor([1, 2]), cached=cached)
-    assert torch.equal(conditional.sample(torch.tensor([1, 2]), cached=cached, given=drawn[:, :, :1]), drawn)
-
-
-def test_sampling_is_repeatable_and_leaves_the_global_state():
-    network = PixelCNN(**SMALL)
-    state = torch.get_rng_state()
-    images = network.sample(4)
-    assert torch.equal(state, torch.get_rng_state())
-    assert images.shape == (4, 1, 28, 28) and set(images.unique().tolist()) == {0.0, 1.0}
-    assert not images.requires_grad
-    assert torch.equal(images, network.sample(4))
-    assert not torch.equal(images, network.sample(4, torch.Generator().manual_seed(1)))
 
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_sampling_is_in_eval_mode_and_restores_the_mode(cached, monkeypatch):
     image_size(monkeypatch, 6, 5)
-    for network, what in (
-        (PixelCNN(dropout=0.3, **SMALL), 4),
-        (ConditionalPixelCNN(dropout=0.3, **SMALL), [1, 2]),
-    ):
-        first = network.sample(what, cached=cached)
-        assert network.training and torch.equal(first, network.sample(what, cached=cached))
-        assert torch.equal(first, network.eval().sample(what, cached=cached)) and not network.training
-    network.train()
-    with pytest.raises(RuntimeError):
-        network.sample([1, 2], cached=cached, given=torch.zeros(2, 1, 3, 4))  # too narrow
-    assert network.training
+    network = PixelCNN(dropout=0.3, **SMALL)
+    first = network.sample(4, cached=cached)
+    assert network.training and torch.equal(first, network.sample(4, cached=cached))
+    assert torch.equal(first, network.eval().sample(4, cached=cached)) and not network.training
 
 
 @pytest.mark.parametrize("dtype", [torch.double, torch.half, torch.bfloat16])
@@ -136,21 +210,8 @@ def test_networks_of_other_types_can_be_sampled(dtype, cached, monkeypatch):
     image_size(monkeypatch, 6, 5)
     for network, what in ((PixelCNN(**SMALL), 2), (ConditionalPixelCNN(**SMALL), [3, 8])):
         images = network.to(dtype).sample(what, cached=cached)
-        assert (
-            images.dtype is dtype and images.shape == (2, 1, 6, 5) and set(images.unique().tolist()) == {0, 1}
-        )
-
-
-def test_labels_are_a_list_with_one_class_per_image(monkeypatch):
-    image_size(monkeypatch, 3, 3)
-    network = build(ConditionalPixelCNN)
-    for wrong in (3, torch.tensor(3), [[3]]):
-        with pytest.raises(ValueError, match=r"\[3\]"):
-            network.sample(wrong)
-    expected = network.sample(torch.tensor([3, 4]))
-    for labels in ([3, 4], (3, 4), torch.tensor([3, 4], dtype=torch.uint8)):
-        assert torch.equal(network.sample(labels), expected)
-    assert network.sample([]).shape == build(PixelCNN).sample(0).shape == (0, 1, 3, 3)
+        assert images.dtype is dtype and images.shape == (2, 1, 6, 5)
+        assert set(images.unique().tolist()) == {0, 1}
 
 
 def test_samples_follow_the_probabilities(monkeypatch):
@@ -158,10 +219,3 @@ def test_samples_follow_the_probabilities(monkeypatch):
     image_size(monkeypatch, 14, 14)
     mean = constant_network(0.2).sample(256).mean().item()
     assert mean == pytest.approx(0.2, abs=5 * math.sqrt(0.2 * 0.8 / (256 * 196)))
-
-
-def test_a_copy_and_channels_last_draw_the_same(monkeypatch):
-    image_size(monkeypatch, 6, 5)
-    network = build(PixelCNN)
-    changed = copy.deepcopy(network).to(memory_format=torch.channels_last)
-    assert torch.equal(network.sample(3), changed.sample(3))

@@ -1,57 +1,96 @@
-"""Checks of the GAN and the VAE: refused arguments, and networks in double or half precision."""
-
-import math
+"""Our extras of all networks: `sample`, refused inputs, other precisions."""
 
 import pytest
 import torch
+from torch.nn import functional as F
 
+from models.AR import ConditionalPixelCNN, PixelCNN
+from models.classifier import Classifier
 from models.GAN import Discriminator, Generator
 from models.VAE import VAE_model
+from tests.test_ar import SMALL
 from utils.likelihoods import importance_bound, plane_log_likelihood
+
+IMAGES = torch.zeros(2, 1, 28, 28)
+Y = F.one_hot(torch.tensor([3, 8]), 10)
 
 
 @pytest.mark.parametrize(
-    "build, names",
+    "use, words",
     [
-        (lambda: Generator(0), "dim_z"),
-        (lambda: Generator(channels=[]), "channels"),
-        (lambda: Generator(channels=[64, 0]), "channels"),
-        (lambda: Discriminator([]), "channels"),
-        (lambda: Discriminator([64, -3]), "channels"),
-        (lambda: Discriminator(dropout=1.0), "dropout"),
-        (lambda: Discriminator(dropout=-0.1), "dropout"),
-        (lambda: Discriminator(dropout=math.nan), "dropout"),
-        (lambda: VAE_model(784, []), "hidden_dims"),
-        (lambda: VAE_model(784, [4]), "hidden_dims"),
-        (lambda: VAE_model(784, [16, 3]), "even"),
-        (lambda: VAE_model(784, [16, 0]), "at least 1"),
-        (lambda: VAE_model(784, [16, -2]), "at least 1"),
-        (lambda: VAE_model(784, [0, 4]), "at least 1"),
-        (lambda: VAE_model(0, [16, 4]), "at least 1"),
-        (lambda: VAE_model(784, [16, 4], 0), "at least 1"),
-        (lambda: VAE_model(784, [16, 4], -2), "at least 1"),
+        (lambda: Discriminator()(IMAGES.byte()), r"x takes floats \(N, 784\), not torch.uint8 \(2, 784\)"),
+        (lambda: Discriminator()(IMAGES[..., 1:]), r"x takes floats \(N, 784\), not .* \(2, 756\)"),
+        (lambda: Generator(5)(torch.zeros(2, 4)), r"z takes floats \(N, 5\)"),
+        (lambda: PixelCNN(**SMALL)(IMAGES.byte()), r"x takes floats \(N, 1, H, W\), not torch.uint8"),
+        (lambda: ConditionalPixelCNN(**SMALL)(IMAGES[0], Y), r"x takes .*\(1, 28, 28\)"),
+        (lambda: ConditionalPixelCNN(**SMALL)(IMAGES, Y[:, :9]), r"y takes floats \(N, 10\), not .*\(2, 9\)"),
+        (lambda: PixelCNN(**SMALL).sample(2, given=IMAGES + 0.5), r"given takes .* in \{0, 1\} .*0.5"),
+        (lambda: PixelCNN(**SMALL).sample(3, given=IMAGES), r"given takes .*\(3, 1, 28, 28\).* not \(2, 1"),
+        (lambda: ConditionalPixelCNN(**SMALL).sample([3, 12]), r"labels takes .* 0 to 9, .*not \{12\}"),
+        (lambda: ConditionalPixelCNN(**SMALL).sample(3), r"labels takes a list .*such as \[3\], not 3"),
+        (lambda: VAE_model(784, [8, 4]).encode(IMAGES.byte()), r"x takes floats \(N, 784\), not torch.uint8"),
+        (lambda: VAE_model(784, [8, 4]).decode(torch.zeros(2, 3)), r"z takes floats \(N, 2\)"),
+        (lambda: VAE_model(784, [8, 4], 1568).sample(2), "1568 pixels"),
+        (lambda: Classifier()(IMAGES[:, 0]), r"x takes floats \(N, 1, 28, 28\), not .*\(2, 28, 28\)"),
     ],
 )
-def test_wrong_arguments_are_refused_in_one_line(build, names):
-    with pytest.raises(ValueError, match=names) as error:
-        build()
+def test_wrong_inputs_are_refused_in_one_line(use, words):
+    with pytest.raises(ValueError, match=words) as error:
+        use()
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("dtype", [torch.double, torch.half, torch.bfloat16])
-@pytest.mark.parametrize("build", [Generator, lambda: VAE_model(784, [16, 4])])
-def test_networks_of_other_types_draw_nearly_the_same(build, dtype):
-    network = build()
-    expected = network.sample(2)
-    images = network.to(dtype).sample(2)
-    assert images.dtype is dtype and images.shape == (2, 1, 28, 28)
-    assert torch.allclose(images.float(), expected, atol=0.02)
+def uses():
+    """Return networks with a function that gives their outputs for inputs in a dtype, and samples where they draw."""
+    x, z = torch.rand(2, 1, 28, 28), torch.randn(2, 5)
+    pixelcnn = dict(SMALL, block="gated")
+    return [
+        (Generator(5, [8]), lambda net, dtype: [net(z.to(dtype)), net.sample(2)]),
+        (Discriminator([8]), lambda net, dtype: [net(x.to(dtype))]),
+        (PixelCNN(**pixelcnn), lambda net, dtype: [net(x.to(dtype)), net.sample(2)]),
+        (
+            ConditionalPixelCNN(**pixelcnn),
+            lambda net, dtype: [net(x.to(dtype), Y.to(dtype)), net.sample([1, 2])],
+        ),
+        (
+            VAE_model(784, [8, 4]),
+            lambda net, dtype: [*net.encode(x.to(dtype)), net.decode(z[:, :2].to(dtype)), net.sample(2)],
+        ),
+        (Classifier((2, 2)), lambda net, dtype: [net(x.to(dtype))]),
+    ]
 
 
-@pytest.mark.parametrize("num_pixels", [1568, 3])
-def test_a_vae_of_other_images_cannot_draw_28x28_images(num_pixels):
-    with pytest.raises(ValueError, match=str(num_pixels)):
-        VAE_model(784, [16, 4], num_pixels).sample(2)
+@pytest.mark.parametrize("index", range(6))
+def test_inputs_of_any_precision_and_double_as_the_default(index):
+    """Inputs are brought to the dtype of the weights, and random numbers stay those of single precision."""
+    network, use = uses()[index]
+    network.eval()
+    with torch.no_grad():
+        expected = use(network, torch.float32)
+        for dtype in (torch.double, torch.half, torch.bfloat16):
+            for got, wanted in zip(use(network, dtype), expected):
+                assert got.dtype is wanted.dtype and torch.allclose(got, wanted, atol=0.03)
+        torch.set_default_dtype(torch.double)
+        try:
+            double, _ = uses()[index]
+            double.load_state_dict(network.state_dict())
+            outputs = use(double.eval(), torch.float32)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert all(each.dtype is torch.double for each in outputs)
+    assert all(torch.allclose(a.float(), b, atol=1e-5) for a, b in zip(outputs, expected))
+
+
+@pytest.mark.parametrize("build", [Generator, lambda: PixelCNN(**SMALL), lambda: VAE_model(784, [16, 4])])
+def test_sampling_is_repeatable_and_leaves_the_global_state(build):
+    network, state = build().eval(), torch.get_rng_state()
+    first, noise = network.sample(6), torch.Generator().manual_seed(5)
+    assert torch.equal(state, torch.get_rng_state()) and not first.requires_grad
+    assert first.shape == (6, 1, 28, 28) and first.min() >= 0 and first.max() <= 1
+    assert torch.equal(first, network.sample(6))
+    other = network.sample(6, noise)
+    assert not torch.equal(first, other)
+    assert torch.equal(other, network.sample(6, noise.manual_seed(5)))
 
 
 def test_likelihoods_in_double_precision():

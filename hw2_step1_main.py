@@ -32,12 +32,12 @@ from typing import Annotated, Literal
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from models.GAN import Discriminator, Generator, train_discriminator, train_generator
+from models.GAN import Discriminator, Generator, relativistic_logits, train_discriminator, train_generator
 from utils import cli, files, gan_results
 from utils.data import to_symmetric
-from utils.hyperparameters import NETWORK, Fraction
+from utils.options import Fraction
 
 STEP = "step1_gan"
 
@@ -75,7 +75,7 @@ VARIANTS = {
 
 
 # Each argument after * is also a flag (num_epochs is --epochs). Annotated has its type, its --help text and sometimes
-# a range. NETWORK puts it under that heading of --help. Fraction is a number from 0 to 1 (utils/hyperparameters.py).
+# a range. Fraction is a number from 0 to 1 (utils/options.py).
 def train_main_loop(
     run,
     images,
@@ -89,33 +89,28 @@ def train_main_loop(
     penalty: Annotated[float, "weight of the gradient penalty R1 + R2"] = 0.01,
     penalty_every: Annotated[int, "every n-th update of the discriminator has the penalty"] = 4,
     ema_decay: Annotated[Fraction, "decay of the average of the generator's weights; 0: none"] = 0.9998,
-    dropout: Annotated[Fraction, "dropout in the discriminator D", NETWORK] = 0.1,
-    dim_z: Annotated[int, "dimensions of the noise z", NETWORK] = 16,
-    g_channels: Annotated[tuple[int, ...], "units of G's hidden layers", NETWORK] = (64, 128, 256),
-    d_channels: Annotated[tuple[int, ...], "units of D's hidden layers", NETWORK] = (256, 128, 64),
+    dropout: Annotated[Fraction, "dropout in the discriminator D"] = 0.1,
+    dim_z: Annotated[int, "dimensions of the noise z"] = 16,
+    g_channels: Annotated[tuple[int, ...], "units of G's hidden layers"] = (64, 128, 256),
+    d_channels: Annotated[tuple[int, ...], "units of D's hidden layers"] = (256, 128, 64),
 ):
     """Train on uint8 images (N, 1, 28, 28); return the generator with averaged (EMA) weights."""
     generator = Generator(dim_z, g_channels).to(run.device)
     discriminator = Discriminator(d_channels, dropout).to(run.device)
     # ema.module is a copy of the generator whose weights are a moving average. It draws better samples.
-    ema = AveragedModel(generator, avg_fn=ema_with_warm_up(ema_decay))
+    ema = AveragedModel(generator, multi_avg_fn=ema_with_warm_up(ema_decay))
     adam = dict(betas=(0.5, 0.999), fused=True)  # betas of Radford et al. 2016, arXiv 1511.06434
     g_optimizer = torch.optim.Adam(generator.parameters(), g_learning_rate, **adam)
     d_optimizer = torch.optim.Adam(discriminator.parameters(), d_learning_rate, **adam)
     criterion = nn.BCEWithLogitsLoss()
     # `run` (utils/run.py) shuffles the images, counts batches from 1 in run.iteration, averages what run.record gets
-    # and stops at NaN. After each epoch it saves a checkpoint of what run.track names. run.is_new: no batch so far.
-    run.track(
-        generator=generator,
-        discriminator=discriminator,
-        ema=ema,
-        g_optimizer=g_optimizer,
-        d_optimizer=d_optimizer,
-    )
+    # and stops at NaN. Checkpoints hold what is named here, and --resume restores it. run.is_new: no batch so far.
+    networks = dict(generator=generator, discriminator=discriminator, ema=ema)
+    run.resume_or_start(**networks, g_optimizer=g_optimizer, d_optimizer=d_optimizer)
     if run.is_new:
-        monitor_images(run, ema.module, epoch=0)
+        monitor_images(run, ema.module)
 
-    for epoch in run.epochs(num_epochs):
+    for _ in run.epochs(num_epochs):
         for (batch,) in run.batches(images, batch_size=batch_size):
             x = to_symmetric(batch)
             fake_images = generator(torch.randn(len(x), dim_z, device=run.device))  # D's step detaches them
@@ -134,9 +129,11 @@ def train_main_loop(
                     outputs_real=discriminator(x) if loss == "relativistic" else None,
                 )  # fmt: skip
                 ema.update_parameters(generator)
+            if loss == "relativistic":
+                outputs_real, outputs_fake = relativistic_logits(outputs_real, outputs_fake)
             d_real, d_fake = outputs_real.sigmoid().mean(), outputs_fake.sigmoid().mean()
-            run.record(keep=True, d_loss=d_loss, g_loss=g_loss, d_real=d_real, d_fake=d_fake)
-        monitor_images(run, ema.module, epoch)
+            run.record_row(d_loss=d_loss, g_loss=g_loss, d_real=d_real, d_fake=d_fake)
+        monitor_images(run, ema.module)
     return ema.module
 
 
@@ -147,27 +144,28 @@ def ema_with_warm_up(decay):
     what was learnt.
     """
 
-    def update(average, current, num_averaged):
+    def update(averages, currents, num_averaged):
         n = int(num_averaged)
-        return average.lerp(current, 1 - min(decay, (1 + n) / (10 + n)))
+        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averages, currents, n)
 
     return update
 
 
-def monitor_images(run, generator, epoch):
+def monitor_images(run, generator):
     """Keep images of the same noise for figures of the training; print the means of the epoch, with warnings.
 
     Every ten epochs and at the end also measure the quality of samples, for quality.csv and quality.png.
     """
-    run.snapshot(epoch, generator.sample(gan_results.NUM_SNAPSHOT))
+    epoch = run.epochs_done
+    run.snapshot(gan_results.sample_images(generator, gan_results.NUM_SNAPSHOT))
     if epoch == 0:
         return
-    if epoch % 10 == 0 or run.is_last(epoch):
-        gan_results.log_quality(run, generator, epoch)
-    means = run.means()
-    run.log("epochs", epoch=epoch, **{name: means.get(name) for name in gan_results.LABELS})
+    if epoch % 10 == 0 or run.is_last():
+        gan_results.log_quality(run, generator)
+    means, labels = run.pop_means(), gan_results.labels(run.options["loss"])
+    run.log("epochs", epoch=epoch, **{name: means.get(name) for name in labels})
     warnings = gan_results.find_trouble(generator, means["d_real"], means["d_fake"], run.args.dataset)
-    run.print_epoch(epoch, {gan_results.LABELS[name]: value for name, value in means.items()}, *warnings)
+    run.print_epoch({labels[name]: value for name, value in means.items()}, *warnings)
 
 
 def monitor_losses(run):
@@ -198,19 +196,12 @@ def draw_ablation(folder, folders):
     gan_results.draw_ablation(folder / "ablation.png", folders, load_model)
 
 
+train = train_main_loop  # the name that utils/cli.py looks for
+
+
 def main(argv=None):
     """Run with a list of flags; return the exit code."""
-    return cli.main(
-        argv,
-        script=__file__,
-        description=__doc__,
-        step=STEP,
-        training=train_main_loop,
-        train_and_evaluate=train_and_evaluate,
-        sample=sample,
-        variants=VARIANTS,
-        draw_ablation=draw_ablation,
-    )
+    return cli.main(sys.modules[__name__], argv)
 
 
 if __name__ == "__main__":

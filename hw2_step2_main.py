@@ -9,7 +9,7 @@ arXiv 1601.06759). With --conditional the label enters every masked layer (2016b
     python hw2_step2_main.py --dry-run                               train on a few batches, to look around
     python hw2_step2_main.py --ablation                              train the variants, three minutes each
     python hw2_step2_main.py --conditional --sample-only --digit 7 --count 20     draw twenty sevens
-    torchrun --nproc_per_node=2 hw2_step2_main.py                    share the training between two processes or GPUs
+    torchrun --standalone --nproc_per_node=2 hw2_step2_main.py       share the training between two processes or GPUs
 
 Writes into results/step2_pixelcnn/ or results/step2_conditional_pixelcnn/:
     loss.png             negative log-likelihood (NLL) over the epochs, of test and training images
@@ -19,7 +19,7 @@ Writes into results/step2_pixelcnn/ or results/step2_conditional_pixelcnn/:
     nll_map.png          mean NLL of each pixel
     nll_digits.png       mean NLL of each digit
     receptive_field.png  the pixels that a prediction depends on, and the blind spot
-    losses.csv, metrics.json, config.json, model.pt
+    losses.csv, batches.csv, per_image.npz, metrics.json, config.json, model.pt
 and with --conditional:
     samples_digit.png    samples of the digit chosen with --digit
     comparison.png       real, unconditional and conditional images side by side
@@ -38,8 +38,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from models.AR import ConditionalPixelCNN, PixelCNN
 from utils import cli, data, files, machine, parallel, pixelcnn_results
-from utils.hyperparameters import Fraction
-from utils.muon import Muon
+from utils.muon import Muon, split_parameters
+from utils.options import Fraction, number, takes
 from utils.pixelcnn_results import bits_per_pixel, evaluate, network_inputs
 
 STEP, CONDITIONAL_STEP = "step2_pixelcnn", "step2_conditional_pixelcnn"
@@ -66,12 +66,15 @@ VARIANTS = {
     ),
 }
 
-# Left out of --ablation: other pixels, more time, other hardware.
-NOT_COMPARABLE = ("stochastic", "long", "large")
+# Each run takes three minutes, three seeds of the default and one of each variant. Left out: other pixels, more time,
+# other hardware.
+ABLATION = dict(length=("--minutes", "3"), num_seeds=(3, 1), left_out=("stochastic", "long", "large"))
+NETWORK = PixelCNN  # whose arguments are flags, too
+SEVERAL_PROCESSES = True  # torchrun may start it
 
 
 # Each argument after * is also a flag (num_epochs is --epochs), and so are those of PixelCNN. Annotated has its type
-# and its --help text. Fraction is a number from 0 to 1 (utils/hyperparameters.py).
+# and its --help text. Fraction is a number from 0 to 1 (utils/options.py).
 def train(
     run,
     network,
@@ -105,57 +108,50 @@ def train(
     schedule = LambdaLR(optimizer, rate_factor)
     criterion = nn.BCEWithLogitsLoss(reduction="sum")
     # `run` (utils/run.py) shuffles the images, counts batches from 1 in run.iteration, averages what run.record gets
-    # and stops at NaN. After each epoch it saves a checkpoint of what run.track names. run.is_new: no batch so far.
-    run.track(network=network, optimizer=optimizer, schedule=schedule)
+    # and stops at NaN. Checkpoints hold what is named here, and --resume restores it. run.is_new: no batch so far.
+    run.resume_or_start(network=network, optimizer=optimizer, schedule=schedule)
     parallel_network = parallel.wrap(network)  # the network itself, unless torchrun started several processes
     if run.is_new:
-        log_epoch(run, network, train_set, test_set, epoch=0)
+        log_epoch(run, network, train_set, test_set)
 
-    for epoch in run.epochs(num_epochs):
+    for _ in run.epochs(num_epochs):
         for images, labels in run.batches(train_images, train_labels, batch_size=batch_size):
             if run.fraction_done((run.iteration - 1) / num_steps) < distorted_until:
                 images = data.distort(images, distorted)
             x = data.binarize(images, binarize)
-            x, labels = parallel.shard(x, labels)  # this process's part
             with machine.autocast(run.device, precision):
                 # x is input and target at once: the masks hide each pixel from its own prediction.
                 logits = parallel_network(*network_inputs(network, x, labels))  # x, or x and one-hot labels
-            # The mean NLL of an image, in nats. n processes average their gradients, and the factor n makes that a sum.
-            loss = parallel.num_processes() * criterion(logits.float(), x) / len(images)
+            loss = criterion(logits.float(), x) / len(x)  # the mean NLL of an image, in nats
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
             optimizer.step()
             schedule.step()
-            run.record(batch_nll=loss)
-        log_epoch(run, network, train_set, test_set, epoch)
+            run.record(loss=loss)
+        log_epoch(run, network, train_set, test_set)
 
 
-def split_parameters(network):
-    """Return the kernels of the blocks, which are most of the weights, and all other parameters."""
-    kernels = [layer.weight for layers in network.blocks for layer in layers]
-    chosen = {id(kernel) for kernel in kernels}  # `in kernels` would compare values
-    return kernels, [each for each in network.parameters() if id(each) not in chosen]
-
-
-def log_epoch(run, network, train_set, test_set, epoch):
+@parallel.first_process
+def log_epoch(run, network, train_set, test_set):
     """Measure the NLL of the test images and of as many training images; add it to losses.csv and print it.
 
     Before the training the test images alone are measured. The evaluation has the precision of the training.
     """
+    epoch, count = run.epochs_done, len(test_set[0])
     sets = {"train": train_set, "test": test_set} if epoch else {"test": test_set}
-    count = len(test_set[0])
-    row = dict(batch_nll=run.means().get("batch_nll"), train_nll=None)
+    row = dict(batch_nll=run.pop_means().get("loss"), train_nll=None)
     with machine.autocast(run.device, run.options["precision"]):
         for name, (images, labels) in sets.items():
             row[f"{name}_nll"] = evaluate(network, images[:count], labels[:count], run.options["binarize"])
     run.log(epoch=epoch, **row, test_bits=bits_per_pixel(row["test_nll"]))
-    run.print_epoch(epoch, {f"{name} NLL": row[f"{name}_nll"] for name in sets}, "nats per image")
+    run.print_epoch({f"{name} NLL": row[f"{name}_nll"] for name in sets}, "nats per image")
 
 
 def build_network(conditional, **architecture):
-    """Return the class-conditional or the unconditional network."""
-    return ConditionalPixelCNN(**architecture) if conditional else PixelCNN(**architecture)
+    """Return the class-conditional or the unconditional network. It gets those of the arguments that it takes."""
+    network = ConditionalPixelCNN if conditional else PixelCNN
+    return network(**{name: value for name, value in architecture.items() if takes(network, name)})
 
 
 def load_model(path, device="cpu", steps=(STEP, CONDITIONAL_STEP)):
@@ -169,18 +165,22 @@ def train_and_evaluate(run, train_set, test_set):
     architecture = run.arguments(PixelCNN)  # of run.options, the arguments of PixelCNN
     network = build_network(conditional, **architecture).to(run.device, memory_format=torch.channels_last)
     train(run, network, train_set, test_subset, **run.arguments(train))
-    is_first = parallel.leave()
-    if not is_first:
-        return
+    if not parallel.leave():
+        return  # the first process does the rest
     network.eval()
     run.save_model(network, conditional=conditional, **architecture)
-    run.draw("loss.png", pixelcnn_results.draw_losses, run.tables["losses"], run.options["binarize"])
+    losses, batches = run.tables["losses"], run.tables["batches"]
+    run.draw("loss.png", pixelcnn_results.draw_losses, losses, batches, run.options["binarize"])
     pixelcnn_results.draw_samples(run, network, test_set, load_unconditional(run))
     pixelcnn_results.write_metrics(run, network, train_set, test_subset)
 
 
 def sample(run, path, test_set):
     network = load_model(path, run.device, (run.step,))
+    trained_on = files.options_of(path).get("binarize")
+    if trained_on is None:
+        machine.say(f"{path} does not say its pixels: we take --binarize {run.options['binarize']}")
+    run.options["binarize"] = trained_on or run.options["binarize"]
     pixelcnn_results.draw_samples(run, network, test_set, load_unconditional(run))
 
 
@@ -197,24 +197,17 @@ def load_unconditional(run):
         return None
 
 
+def add_flags(group):
+    group.add_argument("--conditional", action="store_true", help="train the class-conditional network")
+    what = "digit of samples_digit.png, with --conditional (3)"
+    group.add_argument("--digit", type=int, choices=range(10), metavar="D", help=what)
+    what = "with --sample-only: draw completions of these test digits"
+    group.add_argument("--complete", type=number(0), nargs="+", metavar="INDEX", help=what)
+
+
 def main(argv=None):
     """Run with a list of flags; return the exit code."""
-    return cli.main(
-        argv,
-        script=__file__,
-        description=__doc__,
-        step=STEP,
-        conditional_step=CONDITIONAL_STEP,
-        training=train,
-        network=PixelCNN,
-        train_and_evaluate=train_and_evaluate,
-        sample=sample,
-        variants=VARIANTS,
-        several_processes=True,
-        length=("--minutes", "3"),  # of each run of an ablation
-        num_seeds=(3, 1),  # of the default, and of each variant
-        left_out=NOT_COMPARABLE,
-    )
+    return cli.main(sys.modules[__name__], argv)
 
 
 if __name__ == "__main__":

@@ -13,14 +13,14 @@ Encoder q(z|x) and decoder p(x|z) are trained together on the evidence lower bou
 Writes into results/step3_vae/:
     loss.png              negative ELBO and its two terms over the epochs, training and test
     samples.png           images decoded from the prior
+    priors.png            images of the prior, of a prior fitted to the codes, and of codes of test images
     latent_plane.png      the latent plane, decoded at quantiles of the prior
-    territories.png       the same, and which digit the classifier sees where
     latent_means.png      the posterior means of the test digits, coloured by digit
     reconstructions.png   test images above their reconstructions
     extremes.png          the best and the worst reconstruction of each digit
     training.gif          the latent plane over the epochs, a moving picture
     walk.png              from one test digit to another, in the latent space and in pixels
-    losses.csv, metrics.json, config.json, model.pt
+    losses.csv, batches.csv, per_image.npz, metrics.json, config.json, model.pt, prior.pt
 and after --ablation:
     ablation.png          metrics of all variants, means over the seeds
     kl_weights.png        samples and latent plane at each weight of the KL term
@@ -35,14 +35,13 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from models.common import NUM_PIXELS
 from models.VAE import VAE_model, loss_terms
-from utils import cli, data, files, machine, plotting, vae_results
-from utils.flags import whole_number
-from utils.hyperparameters import NETWORK, Fraction, Range, defaults
+from utils import cli, data, files, machine, prior, vae_results
+from utils.options import Fraction, defaults, number
 from utils.vae_results import evaluate
 
 STEP = "step3_vae"
-NUM_PIXELS = 28 * 28
 
 VARIANTS = {
     "rate-1e-4": ("the lower end of the handout's learning rates", dict(learning_rate=1e-4)),
@@ -69,17 +68,12 @@ VARIANTS = {
     "latent-10": ("and twice as many?", dict(latent_dim=10)),
     "latent-20": ("and the number of many publications?", dict(latent_dim=20)),
     "latent-50": ("are so many used?", dict(latent_dim=50)),
-    "long-20": (
-        "how good is a VAE of 20 latent dimensions?",
-        dict(latent_dim=20, num_epochs=240, kl_warm_up=0.3, distorted=0.5),
-    ),
-    "grey-20": (
-        "the figure of torch's own example: 20 latent dimensions, grey pixels, 10 epochs",
-        dict(latent_dim=20, binarize="none", num_epochs=10),
-    ),
+    "long-20": ("and 20 trained longer?", dict(latent_dim=20, num_epochs=240, kl_warm_up=0.3, distorted=0.5)),
+    "grey-20": ("torch's own example", dict(latent_dim=20, binarize="none", num_epochs=10)),
 }
 
-NOT_COMPARABLE = ("long-20", "grey-20")  # left out of --ablation, whose trainings are short
+# Each run has eight epochs, unless its variant is about the length, and few samples in the importance bound.
+ABLATION = dict(length=("--epochs", "8"), flags=("--bound-samples", "20"), left_out=("long-20", "grey-20"))
 
 
 def loss_func(model, x, coeff):
@@ -93,7 +87,7 @@ def loss_func(model, x, coeff):
 
 
 # Each argument after * is also a flag (num_epochs is --epochs). Annotated has its type, its --help text and sometimes
-# a range. NETWORK puts it under that heading of --help. Fraction is a number from 0 to 1 (utils/hyperparameters.py).
+# a range. Fraction is a number from 0 to 1 (utils/options.py).
 def train(
     run,
     train_set,
@@ -110,8 +104,8 @@ def train(
     ] = "stochastic",
     distorted: Annotated[Fraction, "share of training images that are rotated, scaled and sheared"] = 0.0,
     distorted_until: Annotated[Fraction, "share of the training after which no image is distorted"] = 0.9,
-    latent_dim: Annotated[int, Range(2), "latent dimensions, two for the latent plane", NETWORK] = 2,
-    hidden_dims: Annotated[tuple[int, ...], "units of the encoder's layers", NETWORK] = (256, 256, 256),
+    latent_dim: Annotated[int, (2, math.inf), "latent dimensions, two for the latent plane"] = 2,
+    hidden_dims: Annotated[tuple[int, ...], "units of the encoder's layers"] = (256, 256, 256),
 ):
     """Minimise `loss_func` over uint8 images (N, 1, 28, 28); return the model."""
     train_images, _ = train_set
@@ -122,12 +116,12 @@ def train(
         optimizer, lambda step: (1 + math.cos(math.pi * run.fraction_done(step / num_steps))) / 2
     )
     # `run` (utils/run.py) shuffles the images, counts batches from 1 in run.iteration, averages what run.record gets
-    # and stops at NaN. After each epoch it saves a checkpoint of what run.track names. run.is_new: no batch so far.
-    run.track(model=model, optimizer=optimizer, schedule=schedule)
+    # and stops at NaN. Checkpoints hold what is named here, and --resume restores it. run.is_new: no batch so far.
+    run.resume_or_start(model=model, optimizer=optimizer, schedule=schedule)
     if run.is_new:
-        log_epoch(run, model, train_set, test_set, epoch=0)
+        log_epoch(run, model, train_set, test_set)
 
-    for epoch in run.epochs(num_epochs):
+    for _ in run.epochs(num_epochs):
         for (images,) in run.batches(train_images, batch_size=batch_size):
             fraction_done = run.fraction_done((run.iteration - 1) / num_steps)
             if fraction_done < distorted_until:
@@ -141,7 +135,7 @@ def train(
             optimizer.step()
             schedule.step()
             run.record(loss=loss)
-        log_epoch(run, model, train_set, test_set, epoch)
+        log_epoch(run, model, train_set, test_set)
     return model
 
 
@@ -150,9 +144,9 @@ def kl_weight(kl_coeff, warm_up, fraction_done):
     return kl_coeff if warm_up == 0 else kl_coeff * min(1, fraction_done / warm_up)
 
 
-def log_epoch(run, model, train_set, test_set, epoch):
+def log_epoch(run, model, train_set, test_set):
     """Add a row to losses.csv and print it: both terms for the test images and as many training images."""
-    row = dict(loss=run.means().get("loss"))
+    row = dict(loss=run.pop_means().get("loss"))
     for name, (images, _) in (("train", train_set), ("test", test_set)):
         with machine.seeded(run.device):  # the same draws after every epoch
             x = data.binarize(images[: len(test_set[0])], run.options["binarize"])
@@ -160,16 +154,17 @@ def log_epoch(run, model, train_set, test_set, epoch):
         row[f"{name}_elbo"] = -reconstruction - kl
         row[f"{name}_reconstruction"] = reconstruction
         row[f"{name}_kl"] = kl
-    run.snapshot(epoch, vae_results.decode_plane(model, vae_results.SNAPSHOT_SIDE))
-    run.log(epoch=epoch, **row)
+    run.snapshot(vae_results.decode_plane(model, vae_results.SNAPSHOT_SIDE))
+    run.log(epoch=run.epochs_done, **row)
     shown = {f"{name} -ELBO": -row[f"{name}_elbo"] for name in ("train", "test")}
-    run.print_epoch(epoch, shown, "nats per image")
+    run.print_epoch(shown, "nats per image")
 
 
 def plot_latent_images(model, path="latent_plane.png", n=vae_results.PLANE_SIDE, device=None):
-    """Draw the latent plane, decoded at n x n quantiles of the prior. `device` is not used."""
-    figure = plotting.draw_latent_plane(vae_results.decode_plane(model, n), n)
-    plotting.save(figure, path, vector=False)
+    """Draw the latent plane, decoded at n x n quantiles of the prior. The handout's call names n second."""
+    if isinstance(path, int):
+        path, n = "latent_plane.png", path
+    vae_results.draw_latent_plane(path, model, n)
 
 
 def load_model(path, device="cpu"):
@@ -182,18 +177,15 @@ def train_and_evaluate(run, train_set, test_set):
     model = train(run, train_set, test_subset, **run.options).eval()
     encoder_dims = [*run.options["hidden_dims"], 2 * run.options["latent_dim"]]
     run.save_model(model, input_dim=NUM_PIXELS, hidden_dims=encoder_dims)
-    run.draw("loss.png", vae_results.draw_losses, run.tables["losses"])
-    draw_figures(run, model, test_set)
-    vae_results.write_metrics(run, model, train_set, test_subset)
-
-
-def draw_figures(run, model, test_set):
-    run.draw("latent_plane.png", lambda path: plot_latent_images(model, path))
-    vae_results.draw_figures(run, model, *test_set)
+    run.draw("loss.png", vae_results.draw_losses, run.tables["losses"], run.tables["batches"])
+    fitted, entries = prior.fit(run, model, train_set[0])
+    vae_results.draw_figures(run, model, *test_set, fitted)
+    vae_results.write_metrics(run, model, train_set, test_subset, fitted, entries)
 
 
 def sample(run, path, test_set):
-    draw_figures(run, load_model(path, run.device), test_set)
+    fitted = prior.load_prior(path) if run.args.prior == "fitted" else None
+    vae_results.draw_figures(run, load_model(path, run.device), *test_set, fitted)
 
 
 def draw_ablation(folder, folders):
@@ -201,27 +193,21 @@ def draw_ablation(folder, folders):
 
 
 def add_flags(group):
+    add = group.add_argument
     what = "samples for each image in the importance-weighted bound (500, or 20 after fewer than 10 epochs)"
-    group.add_argument("--bound-samples", type=whole_number(1), metavar="K", help=what)
+    add("--bound-samples", type=number(1), metavar="K", help=what)
+    priors = ["standard", "fitted"]
+    add(
+        "--prior",
+        choices=priors,
+        default="standard",
+        help="prior of samples.png; fitted: a mixture, to the codes",
+    )
 
 
 def main(argv=None):
     """Run with a list of flags; return the exit code."""
-    return cli.main(
-        argv,
-        script=__file__,
-        description=__doc__,
-        step=STEP,
-        training=train,
-        train_and_evaluate=train_and_evaluate,
-        sample=sample,
-        variants=VARIANTS,
-        add_flags=add_flags,
-        draw_ablation=draw_ablation,
-        length=("--epochs", "8"),  # of each run of an ablation, unless its variant is about the length
-        flags=("--bound-samples", "20"),
-        left_out=NOT_COMPARABLE,
-    )
+    return cli.main(sys.modules[__name__], argv)
 
 
 if __name__ == "__main__":

@@ -4,27 +4,21 @@ A test gives a process the step, its flags and hooks. Hooks are functions that a
 run goes on.
 """
 
-import ctypes
 import functools
-import gc
-import json
 import os
-import runpy
 import signal
 import sys
-import time
 import warnings
 from io import FileIO
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 
 import hw2_step1_main as step1
 import hw2_step2_main as step2
 import hw2_step3_main as step3
-from models import AR
-from utils import cli, files, machine, metrics, vae_results
+from models import AR, ar_sampler
+from utils import cli, files, gan_results, machine, metrics
 from utils import run as runs
 from utils.data import load_data
 from utils.run import Run
@@ -50,17 +44,16 @@ def call(folder, function, arguments):
     function(*arguments)
 
 
-def run_script(path, flags):
-    """Run a step script as `python path flags` does."""
-    sys.argv = [path, *flags]
-    runpy.run_path(path, run_name="__main__")
-
-
 def train(name, flags, *hooks):
     """Make a dry run of one of STEPS with a small network, after the hooks have been called."""
     for hook in hooks:
         hook()
     sys.exit(STEPS[name].main(["--dry-run", *FLAGS[name], *map(str, flags)]))
+
+
+def ablate(name, flags):
+    """Start the several runs of one of STEPS."""
+    sys.exit(STEPS[name].main([*map(str, flags)]))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -92,92 +85,104 @@ def judge_nothing(run, *_):
     return torch.zeros(10, 1, 28, 28), results
 
 
+def log_a_weight(run, generator):
+    """Add a row to quality.csv in place of `utils.gan_results.log_quality`."""
+    run.log("quality", epoch=run.epochs_done, weight=next(generator.parameters()).flatten()[0].item())
+
+
 def draw_nothing(setting=setattr):
     """Leave out what takes most of the time of a short run: figures, samples of step 2, their metrics, most images."""
     setting(cli, "load_data", few_images)
     setting(Run, "draw", lambda self, name, *_, **__: machine.say(f"drawing {name}"))
     setting(AR, "draw_images", black_images)
+    setting(ar_sampler, "can_cache", lambda *_: True)
     setting(metrics, "judge_sampler", judge_nothing)
-    setting(vae_results, "FINE_SIDE", 5)
+    setting(metrics, "judge_thresholded", lambda *_: {})
+    setting(gan_results, "log_quality", log_a_weight)
 
 
 def join_as(rank, port):
     """Be one of two processes, by the environment that torchrun gives them."""
-    os.environ.update(
-        TORCHELASTIC_RUN_ID="test", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2"
-    )
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+    os.environ.update(TORCHELASTIC_RUN_ID="test", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Hooks: what goes wrong
 
 
+def in_batch(number, action, setting=setattr):
+    """Call `action()` in the batch of this number, counted over the epochs of this process."""
+    batches, seen = Run.batches, []
+
+    def counted(self, *tensors, **options):
+        for batch in batches(self, *tensors, **options):
+            seen.append(None)
+            if len(seen) == number:
+                action()
+            yield batch
+
+    setting(Run, "batches", counted)
+
+
 def interrupt(batch, times=1, rank=None, number=signal.SIGINT, setting=setattr):
-    """Send the signal in the batch of this number, counted over the epochs, to the process of this rank or to all."""
-    if rank != os.environ.get("RANK"):
-        return
-    record, seen = Run.record, []
-
-    def interrupting(self, *args, **losses):
-        seen.append(None)
-        if len(seen) == batch:
-            for _ in range(times):
-                signal.raise_signal(number)
-        return record(self, *args, **losses)
-
-    setting(Run, "record", interrupting)
+    """Send the signal in the batch of this number to the process of this rank, or to all."""
+    if rank == os.environ.get("RANK"):
+        in_batch(batch, lambda: [signal.raise_signal(number) for _ in range(times)], setting)
 
 
-def wait_for(path):
-    """Wait in the first batch for this file, and say so by a file called waiting beside it."""
-    record = Run.record
+def interrupt_evaluation(epoch, number=signal.SIGINT, setting=setattr):
+    """Send the signal in the evaluation after this epoch."""
+    print_epoch = Run.print_epoch
 
-    def waiting(self, *args, **losses):
-        (path.parent / "waiting").touch()
-        while not path.exists():
-            time.sleep(0.01)
-        return record(self, *args, **losses)
+    def interrupted(self, *values):
+        if self.epochs_done == epoch:
+            signal.raise_signal(number)
+        print_epoch(self, *values)
 
-    Run.record = waiting
-
-
-def print_into_full_device():
-    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+    setting(Run, "print_epoch", interrupted)
 
 
-def print_into_closed_pipe():
-    """Print into a pipe that nobody reads, as after `| head -n 1`."""
-    reading, writing = os.pipe()
-    os.dup2(writing, 1)
-    os.close(writing)
-    os.close(reading)
+def ignore_hang_up():
+    """Ignore SIGHUP, as nohup does."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
-def be_nobody():
-    """Give up the administrator's rights, to whom every folder is open (capset(2), version 3)."""
-    if os.geteuid() == 0:
-        header, no_rights = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
-        assert ctypes.CDLL(None).capset(header, no_rights) == 0
+def keep_open(name):
+    """Let no file of this name be replaced or opened for writing, as if a spreadsheet held it on Windows."""
+    replace = os.replace
+
+    def replacing(source, target):
+        if Path(target).name == name:
+            raise PermissionError(13, "Permission denied")
+        replace(source, target)
+
+    def opening(path, mode="r", **more):
+        if path.name == name and mode in ("wb", "r+b"):
+            raise PermissionError(13, "Permission denied")
+        return open(path, mode, **more)
+
+    os.replace, files.open = replacing, opening
 
 
 def before_write(name, number, action):
-    """Call `action(file)` when the file of this name is opened for its write of this number, while it is empty."""
+    """Call `action(file)` when the file of this name is opened for its write of this number, before it changes."""
     seen = []
 
     def opening(path, mode="r", **more):
-        file = open(path, mode, **more) if mode != "wb" else _File(path, "wb")
-        if mode == "wb" and path.name == f"{name}.tmp":
-            seen.append(None)
-            if len(seen) == number:
-                action(file)
+        if mode not in ("wb", "r+b") or path.name.removesuffix(".tmp") != name:
+            return open(path, mode, **more)
+        file = _File(path, mode)
+        seen.append(None)
+        if len(seen) == number:
+            action(file)
         return file
 
     files.open = opening
 
 
 class _File(FileIO):
-    """A file that calls `self.half_way(self)` when half of what is written to it is there."""
+    """A file that calls `self.half_way()` when half of what is written to it is there."""
 
     half_way = None
 
@@ -214,22 +219,9 @@ def kill_in_write(number, stage):
     before_write("checkpoint.pt", number, aim)
 
 
-def interrupt_in_write(number):
-    """Ctrl-C twice while half of the checkpoint has been written."""
-
-    def aim(file):
-        def half_way():
-            signal.raise_signal(signal.SIGINT)
-            signal.raise_signal(signal.SIGINT)
-
-        file.half_way = half_way
-
-    before_write("checkpoint.pt", number, aim)
-
-
 def fill_disk(folder, name, number):
     """Fill the disk of this folder when the file is about to be written. One page of a large file still fits."""
-    free = 4096 if name.endswith((".pt", ".png")) else 0
+    free = 4096 if name.endswith(".pt") else 0
 
     def fill(_):
         with open(Path(folder) / "filler", "wb", buffering=0) as filler:
@@ -240,44 +232,3 @@ def fill_disk(folder, name, number):
                 filler.truncate(filler.tell() - free)
 
     before_write(name, number, fill)
-
-
-def limit_files(name, number):
-    """Let the system refuse files beyond 500 bytes from when this file is about to be written."""
-    import resource
-
-    def limit(_):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (500, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-
-    before_write(name, number, limit)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Hooks: what is watched
-
-
-def watch_memory(path):
-    """Write the resident memory after each epoch, in MiB, and the number of figures at the end, to a JSON file.
-
-    Freed memory goes back to the system. Otherwise a growing heap would be hidden by what was freed before.
-    """
-    machine.keep_freed_memory = lambda: None
-    print_epoch, resident = Run.print_epoch, []
-
-    def watching(self, *args, **values):
-        print_epoch(self, *args, **values)
-        gc.collect()
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        resident.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
-
-    Run.print_epoch = watching
-    exit_code = cli.exit_code
-
-    def watched(*args):
-        code = exit_code(*args)
-        gc.collect()
-        figures = sum(isinstance(each, Figure) for each in gc.get_objects())
-        Path(path).write_text(json.dumps({"resident": resident, "figures": figures}))
-        return code
-
-    cli.exit_code = watched

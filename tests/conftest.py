@@ -1,11 +1,13 @@
 """Paths and fixtures that several tests share."""
 
-import importlib
+import importlib.util
+import json
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
-import threading
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -48,6 +50,16 @@ def flags_of(name, folder, *more):
     return [*children.FLAGS[name], "--dry-run", "--batch-size", "16", "--out-dir", str(folder), *more]
 
 
+def documented_files(name):
+    """Return the names of the files that the step script says a run writes."""
+    _, _, text = children.STEPS[name].__doc__.partition("Writes into")
+    text = text.partition("and after --ablation")[0]
+    if name == "pixelcnn":
+        text = text.partition("and with --conditional")[0]
+    lines = [line for line in text.splitlines() if "--ablation" not in line]
+    return {*re.findall(r"\b\w+\.(?:png|gif|csv|json|npz|pt)\b", "\n".join(lines))}
+
+
 def content(folder, name):
     return torch.load(folder / name, weights_only=True)
 
@@ -63,33 +75,27 @@ def same(first, second):
     return first == second
 
 
-def assert_same_training(first, second):
-    """Check that two folders hold the same weights and losses, bit for bit."""
+def results(folder):
+    """Return metrics.json without what depends on the time."""
+    entries = json.loads((folder / "metrics.json").read_text())
+    return {name: entries[name] for name in entries.keys() - {"wall_time", "speed", "sampling_time"}}
+
+
+def assert_same_run(first, second):
+    """Check that two finished runs have the same weights, tables, metrics and optimisers, bit for bit."""
     assert same(content(first, "model.pt"), content(second, "model.pt"))
-    assert (first / "losses.csv").read_bytes() == (second / "losses.csv").read_bytes()
+    ours, theirs = content(first, "checkpoint.pt"), content(second, "checkpoint.pt")
+    for key in ("modules", "random", "snapshots", "position"):
+        assert same(ours[key], theirs[key]), key
+    assert {each.name for each in first.glob("*.csv")} == {each.name for each in second.glob("*.csv")}
+    for path in first.glob("*.csv"):
+        assert path.read_bytes() == (second / path.name).read_bytes(), path.name
+    assert results(first) == results(second)
+    assert not [*first.glob("*.tmp"), *second.glob("*.tmp")]
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Three ways to run a step: an interpreter of its own, a copy of a prepared process, and this process
-
-
-@pytest.fixture(scope="session")
-def run_script():
-    """Return a function that runs a step script as a user does; it returns the finished process."""
-
-    def run(script, *flags, cwd="/", stdout=subprocess.PIPE, **variables):
-        return subprocess.run(
-            [sys.executable, str(ROOT / script), *map(str, flags)],
-            cwd=cwd,
-            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "MPLBACKEND": "", **variables},
-            stdout=stdout,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=TIMEOUT,
-            check=False,
-        )
-
-    return run
 
 
 class Child:
@@ -108,9 +114,8 @@ class Child:
         """Wait for the process; return it with its exit code, minus the signal's number if one killed it."""
         self.process.join(TIMEOUT)
         assert self.process.exitcode is not None, "the process hangs"
-        return subprocess.CompletedProcess(
-            self.folder, self.process.exitcode, self.printed(), self.printed("stderr")
-        )
+        code, printed = self.process.exitcode, [self.printed(each) for each in ("stdout", "stderr")]
+        return subprocess.CompletedProcess(self.folder, code, *printed)
 
 
 @pytest.fixture(scope="session")
@@ -131,16 +136,6 @@ def start(tmp_path_factory):
     return start
 
 
-@pytest.fixture(scope="session")
-def run_step(start):
-    """Return a function that runs a step script as a process, from another folder; it returns the finished process."""
-
-    def run(script, *flags):
-        return start(children.run_script, str(ROOT / script), [*map(str, flags)]).end()
-
-    return run
-
-
 @pytest.fixture
 def call_step(capsys):
     """Return a function that calls a step's main in this process; it returns what a finished process would."""
@@ -155,17 +150,59 @@ def call_step(capsys):
 
 
 @pytest.fixture
-def call_here(monkeypatch):
-    """Let an ablation call the main of each of its runs in this process, one at a time; return the list of commands."""
-    commands, turn = [], threading.Lock()
+def edit(monkeypatch, tmp_path):
+    """Return a function that imports a copy of a script, as a student would edit it: pairs of old and new text."""
 
-    def run(command, **_):
+    def edit(path, *replacements):
+        text = Path(path).read_text()
+        for old, new in replacements:
+            assert text.count(old) == 1, old
+            text = text.replace(old, new)
+        copy = tmp_path / f"edited_{Path(path).name}"
+        copy.write_text(text)
+        spec = importlib.util.spec_from_file_location(copy.stem, copy)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, copy.stem, module)
+        spec.loader.exec_module(module)
+        return module
+
+    return edit
+
+
+class Process:
+    """What `subprocess.Popen` would give for a process that has ended with the exit code run(command, stderr)."""
+
+    def __init__(self, run, command, stderr=None, **_):
+        self.returncode = run(command, stderr)
+
+    def poll(self):
+        return self.returncode
+
+    wait = terminate = poll
+
+
+@pytest.fixture
+def processes_here(monkeypatch):
+    """Return a function that lets an ablation call run(command, stderr) in place of each process."""
+
+    def replace(run):
+        popen = SimpleNamespace(Popen=partial(Process, run), DEVNULL=subprocess.DEVNULL)
+        monkeypatch.setattr(ablation, "subprocess", popen)
+        monkeypatch.setattr(ablation, "time", SimpleNamespace(sleep=lambda _: None))
+
+    return replace
+
+
+@pytest.fixture
+def call_here(processes_here):
+    """Let an ablation call the main of each of its runs in this process; return the list of commands."""
+    commands = []
+
+    def run(command, _):
         commands.append(command)
-        with turn:
-            code = importlib.import_module(Path(command[1]).stem).main(command[2:])
-        return subprocess.CompletedProcess(command, code, "", "")
+        return importlib.import_module(Path(command[1]).stem).main(command[2:])
 
-    monkeypatch.setattr(ablation, "subprocess", SimpleNamespace(run=run))
+    processes_here(run)
     return commands
 
 
@@ -177,14 +214,11 @@ class Accepted(Exception):
 def folder_of(monkeypatch):
     """Return a function that gives the folder in which a command would write, without running it."""
 
-    def run(_step, _args, _options, folder, *_):
-        raise Accepted(folder)
+    def accept(*arguments):
+        raise Accepted(next(each for each in arguments if isinstance(each, Path)))
 
-    def run_all(_script, folder, *_, **__):
-        raise Accepted(folder)
-
-    monkeypatch.setattr(cli, "Run", run)
-    monkeypatch.setattr(ablation, "run_all", run_all)
+    monkeypatch.setattr(cli, "Run", accept)
+    monkeypatch.setattr(ablation, "run_all", accept)
 
     def folder(module, *flags):
         with pytest.raises(Accepted) as accepted:
@@ -199,16 +233,10 @@ def folder_of(monkeypatch):
 
 
 @pytest.fixture
-def small_steps(monkeypatch):
-    """Give step 2 a small network by default, which draws black images at once."""
+def bare_steps(monkeypatch):
+    """Leave out the figures and the metrics of samples; give step 2 a small network by default."""
     for name, value in children.SMALL.items():
         monkeypatch.setitem(AR.PixelCNN.__init__.__kwdefaults__, name, value)
-    monkeypatch.setattr(AR, "draw_images", children.black_images)
-
-
-@pytest.fixture
-def bare_steps(small_steps, monkeypatch):
-    """Leave out the figures of all steps, and the metrics of their samples, as well."""
     children.draw_nothing(monkeypatch.setattr)
 
 

@@ -4,27 +4,43 @@ import json
 import os
 import shutil
 import signal
-import time
 from functools import partial
 
 import pytest
+import torch
 
 import hw2_step1_main as step1
+import hw2_step2_main as step2
 import hw2_step3_main as step3
 from tests import children
 from tests.children import FLAGS, STEPS
-from tests.conftest import assert_refused, assert_same_training, content, flags_of
+from tests.conftest import assert_refused, assert_same_run, content, flags_of
+from utils import cli
 from utils import run as runs
-from utils.run import Run
+
+# Of few images, so that no dry run is needed, which may always begin anew.
+SHORT = ["--g-channels", "8", "--d-channels", "8", "--batch-size", "80"]
+
+
+def stop(call_step, module, flags, hook, *arguments, **more):
+    """Run a step in this process with one of the hooks of tests/children.py, which interrupts it."""
+    with pytest.MonkeyPatch.context() as patch:
+        hook(*arguments, setting=patch.setattr, **more)
+        done = call_step(module, *flags)
+    assert done.returncode > 128 and "Traceback" not in done.stderr and "--resume" in done.stderr, done.stderr
+    return done
+
+
+def read_all(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_another_process_gives_the_same_training(name, start, trained, tmp_path):
-    done = start(
-        children.train, name, ["--batch-size", 16, "--out-dir", tmp_path], children.draw_nothing
-    ).end()
+def test_another_process_gives_the_same_run(name, start, trained, tmp_path):
+    flags = ["--batch-size", 16, "--out-dir", tmp_path]
+    done = start(children.train, name, flags, children.draw_nothing).end()
     assert done.returncode == 0, done.stderr
-    assert_same_training(tmp_path, trained[name])
+    assert_same_run(tmp_path, trained[name])
 
 
 @pytest.mark.parametrize(
@@ -32,118 +48,165 @@ def test_another_process_gives_the_same_training(name, start, trained, tmp_path)
     [
         ("gan", 2, signal.SIGINT),
         ("gan", 3, signal.SIGTERM),
-        ("pixelcnn", 5, signal.SIGTERM),
-        ("conditional", 2, signal.SIGINT),
+        ("pixelcnn", 5, signal.SIGHUP),
+        ("conditional", 1, signal.SIGUSR1),
         ("vae", 4, signal.SIGINT),
     ],
 )
 def test_interrupted_equals_uninterrupted(name, batch, number, call_step, bare_steps, trained, tmp_path):
-    """A signal within an epoch or at its end, then --resume: the same weights and losses, bit for bit."""
+    """A signal within an epoch or in its last batch, then --resume: the same run, bit for bit."""
     flags = flags_of(name, tmp_path)
-    with pytest.MonkeyPatch.context() as patch:
-        children.interrupt(batch, number=number, setting=patch.setattr)
-        done = call_step(STEPS[name], *flags)
-    assert done.returncode == (130 if number == signal.SIGINT else 143), done.stderr
-    assert "Traceback" not in done.stderr and "--resume" in done.stderr
-    assert not (tmp_path / "model.pt").exists()
+    done = stop(call_step, STEPS[name], flags, children.interrupt, batch, number=number)
+    assert done.returncode == 128 + number and not (tmp_path / "model.pt").exists()
     position = content(tmp_path, "checkpoint.pt")["position"][:2]
     assert position == ((batch - 1) // runs.DRY_RUN_BATCHES, (batch - 1) % runs.DRY_RUN_BATCHES + 1)
     resumed = call_step(STEPS[name], *flags, "--resume")
     assert resumed.returncode == 0, resumed.stderr
-    assert_same_training(tmp_path, trained[name])
+    assert_same_run(tmp_path, trained[name])
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_from_outside(number, code, start, tmp_path):
-    hook = partial(children.wait_for, tmp_path / "go on")
-    child = start(children.train, "gan", ["--out-dir", tmp_path], children.draw_nothing, hook)
-    while not (tmp_path / "waiting").exists():
-        assert child.process.is_alive()
-        time.sleep(0.01)
-    os.kill(child.process.pid, number)
-    (tmp_path / "go on").touch()
-    done = child.end()
-    assert done.returncode == code and "Traceback" not in done.stderr
-    checkpoint = content(tmp_path, "checkpoint.pt")
-    assert checkpoint["step"] == "step1_gan" and checkpoint["position"][2] > 0  # images seen
+@pytest.mark.parametrize("name, epoch", [("gan", 2), ("pixelcnn", 1), ("vae", 0)])
+def test_a_signal_in_an_evaluation_loses_no_batch(name, epoch, call_step, bare_steps, trained, tmp_path):
+    """The message says what is going on, and the resumed run evaluates again."""
+    flags = flags_of(name, tmp_path)
+    done = stop(call_step, STEPS[name], flags, children.interrupt_evaluation, epoch)
+    assert "evaluation" in done.stderr and "this batch" not in done.stderr
+    found = content(tmp_path, "checkpoint.pt")["position"]
+    assert found[:2] == (max(epoch - 1, 0), runs.DRY_RUN_BATCHES * (epoch > 0))
+    assert call_step(STEPS[name], *flags, "--resume").returncode == 0
+    assert_same_run(tmp_path, trained[name])
 
 
-def test_ctrl_c_after_the_training_keeps_what_is_finished(call_step, bare_steps, trained, tmp_path):
-    flags, draw = flags_of("vae", tmp_path), Run.draw
-
-    def interrupted(self, name, *arguments, **options):
-        if name == "walk.png":
-            raise KeyboardInterrupt
-        draw(self, name, *arguments, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "draw", interrupted)
-        assert call_step(step3, *flags).returncode == 130
-    assert_same_training(tmp_path, trained["vae"])
-    assert not (tmp_path / "metrics.json").exists()
-    done = call_step(step3, *flags, "--resume")
-    assert done.returncode == 0 and "epoch 2/2" not in done.stdout
-    assert_same_training(tmp_path, trained["vae"])
-    assert (tmp_path / "metrics.json").exists()
+def test_a_hang_up_is_ignored_under_nohup(start, trained, tmp_path):
+    hang_up = partial(children.interrupt, 2, number=signal.SIGHUP)
+    flags = ["--batch-size", 16, "--out-dir", tmp_path]
+    done = start(children.train, "vae", flags, children.draw_nothing, children.ignore_hang_up, hang_up).end()
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path, trained["vae"])
 
 
-# Of few images, so that no dry run is needed, which may always begin anew.
-SHORT = ["--g-channels", "8", "--d-channels", "8", "--batch-size", "80"]
+# ---------------------------------------------------------------------------------------------------------
+# The files of a run
 
 
-def test_an_unfinished_run_is_not_overwritten_unasked(call_step, bare_steps, tmp_path):
+def test_rows_after_the_checkpoint_are_cut(call_step, bare_steps, trained, tmp_path):
+    """A killed run has written them, and the resumed run makes them again. A file that lacks rows is refused."""
+    flags = flags_of("gan", tmp_path)
+    stop(call_step, step1, flags, children.interrupt, 5)
+    path = tmp_path / "losses.csv"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    assert_refused(call_step(step1, *flags, "--resume"), "losses.csv", "--restart")
+    path.write_bytes(whole + b"7,7,7,7\n7,")
+    assert call_step(step1, *flags, "--resume").returncode == 0
+    assert_same_run(tmp_path, trained["gan"])
+
+
+def test_finished_or_not_stands_in_the_files(call_step, bare_steps, tmp_path):
+    """Neither time stamps, nor a copy, nor a clock set back change it."""
     flags = [*SHORT, "--epochs", 2, "--out-dir"]
     assert call_step(step1, *flags, tmp_path / "whole").returncode == 0
-    assert call_step(step1, *flags, tmp_path / "whole").returncode == 0, "it was finished"
-    cut = tmp_path / "cut"
-    with pytest.MonkeyPatch.context() as patch:
-        children.interrupt(4, setting=patch.setattr)
-        assert call_step(step1, *flags, cut).returncode == 130
-    before = {path.name: path.read_bytes() for path in cut.iterdir()}
+    copied = shutil.copytree(tmp_path / "whole", tmp_path / "copied", copy_function=shutil.copyfile)
+    os.utime(copied / "metrics.json", (0, 0))
+    assert call_step(step1, *flags, copied).returncode == 0, "it was finished"
+    cut = shutil.copytree(copied, tmp_path / "cut")
+    stop(call_step, step1, [*flags, cut, "--restart"], children.interrupt, 4)
+    (cut / "metrics.json").touch()  # of the earlier run
+    before = read_all(cut)
     assert_refused(call_step(step1, *flags, cut), "--resume", "--restart", str(cut))
-    assert before == {path.name: path.read_bytes() for path in cut.iterdir()}
+    assert before == read_all(cut)
     resumed, restarted = (shutil.copytree(cut, tmp_path / each) for each in ("resumed", "restarted"))
     assert call_step(step1, *flags, resumed, "--resume").returncode == 0
-    done = call_step(step1, *flags, restarted, "--restart")
-    assert done.returncode == 0 and "epoch 1/2" in done.stdout
+    assert call_step(step1, *flags, restarted, "--restart").returncode == 0
     for folder in (resumed, restarted):
-        assert_same_training(folder, tmp_path / "whole")
+        assert_same_run(folder, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("file", ["metrics.json", "losses.csv", "model.pt", "config.json"])
+def test_a_folder_of_something_else_is_refused(file, call_step, bare_steps, trained, tmp_path):
+    """Files without a config.json, an unreadable one, and one of another step; --restart takes the folder."""
+    shutil.copy(trained["gan"] / file, tmp_path)
+    before = read_all(tmp_path)
+    assert_refused(call_step(step3, *flags_of("vae", tmp_path)), str(tmp_path), "--restart", "--out-dir")
+    assert before == {name: content for name, content in read_all(tmp_path).items() if name != ".lock"}
+    if file == "config.json":
+        (tmp_path / file).write_text("{")
+        assert_refused(call_step(step3, *flags_of("vae", tmp_path)), file, "--restart")
+    assert call_step(step3, *flags_of("vae", tmp_path, "--restart")).returncode == 0
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Other flags
 
 
 def test_a_run_without_a_schedule_can_be_lengthened(call_step, bare_steps, tmp_path):
-    """Of step 1, finished or interrupted: the weights and losses of the longer run, bit for bit."""
+    """Of step 1, finished or interrupted: the longer run, bit for bit."""
     long, finished, cut = (tmp_path / each for each in ("long", "finished", "cut"))
     assert call_step(step1, *SHORT, "--epochs", 4, "--out-dir", long).returncode == 0
     assert call_step(step1, *SHORT, "--epochs", 2, "--out-dir", finished).returncode == 0
-    with pytest.MonkeyPatch.context() as patch:
-        children.interrupt(5, setting=patch.setattr)
-        assert call_step(step1, *SHORT, "--epochs", 2, "--out-dir", cut).returncode == 130
+    stop(call_step, step1, [*SHORT, "--epochs", 2, "--out-dir", cut], children.interrupt, 5)
     for folder in (finished, cut):
         done = call_step(step1, *SHORT, "--resume", "--out-dir", folder, "--epochs", 4)
         assert done.returncode == 0, done.stderr
-        assert_same_training(folder, long)
+        assert torch.equal(*(content(each, "checkpoint.pt")["random"]["cpu"] for each in (folder, long)))
+        assert content(folder, "model.pt")["weights"].keys() == content(long, "model.pt")["weights"].keys()
         assert json.loads((folder / "config.json").read_text())["hyperparameters"]["num_epochs"] == 4
-    assert_refused(
-        call_step(step1, *SHORT, "--resume", "--out-dir", long, "--epochs", 3), "num_epochs", "--restart"
-    )
+    assert_same_run(cut, long)
+    done = call_step(step1, *SHORT, "--resume", "--out-dir", long, "--epochs", 3)
+    assert_refused(done, "num_epochs", "--restart")
 
 
-@pytest.mark.parametrize("name", ["pixelcnn", "vae"])
-def test_a_run_with_a_schedule_cannot(name, call_step, bare_steps, tmp_path):
-    flags = [*FLAGS[name], "--batch-size", 80, "--out-dir", tmp_path, "--epochs"]
-    assert call_step(STEPS[name], *flags, 1).returncode == 0
-    before = (tmp_path / "checkpoint.pt").read_bytes(), (tmp_path / "config.json").read_bytes()
-    assert_refused(call_step(STEPS[name], *flags, 2, "--resume"), "learning rate", "train anew")
-    assert before == ((tmp_path / "checkpoint.pt").read_bytes(), (tmp_path / "config.json").read_bytes())
+def test_a_longer_run_takes_the_checkpoint_of_the_shorter_one(call_step, bare_steps, monkeypatch, tmp_path):
+    """In its own folder, and the shorter run stays as it is. With a schedule it is refused."""
+    monkeypatch.setattr(cli, "ROOT", tmp_path)
+    data = ["--data-dir", children.files.ROOT / "data"]
+    for module, more in ((step1, SHORT), (step3, [*FLAGS["vae"], "--batch-size", "80"])):
+        assert call_step(module, *more, *data, "--epochs", 2).returncode == 0
+        (shorter,) = (tmp_path / "results" / module.STEP / "runs").iterdir()
+        before = read_all(shorter)
+        done = call_step(module, *more, *data, "--epochs", 4, "--resume")
+        longer = shorter.with_name(shorter.name.replace("epochs=2", "epochs=4"))
+        if module is step3:
+            assert_refused(done, "trained for 2 epochs", "learning rates")
+        else:
+            assert done.returncode == 0 and "resuming after 2 epochs" in done.stdout, done.stderr
+            flags = [*more, *data, "--epochs", 4, "--out-dir", tmp_path / "whole"]
+            assert call_step(module, *flags).returncode == 0
+            assert (longer / "losses.csv").read_bytes() == (tmp_path / "whole" / "losses.csv").read_bytes()
+        assert before == read_all(shorter)
 
 
 @pytest.mark.parametrize(
-    "flags",
-    [["--batch-size", 64], ["--seed", 1], ["--latent-dim", 3], ["--hidden-dims", 8, 8], ["--held-out"]],
+    "flags", [["--batch-size", 64], ["--seed", 1], ["--hidden-dims", 8, 8], ["--held-out"]]
 )
-def test_resume_with_other_hyperparameters_is_refused(flags, call_step, bare_steps, trained, tmp_path):
+def test_resume_with_other_options_is_refused(flags, call_step, bare_steps, trained, tmp_path):
     folder = shutil.copytree(trained["vae"], tmp_path / "run")
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    before = read_all(folder)
     done = call_step(step3, *flags_of("vae", folder, "--resume", *flags))
     assert_refused(done, "same flags", "--restart", str(flags[0])[2:].replace("-", "_"))
-    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert before == read_all(folder)
+
+
+def test_a_model_says_its_pixels(call_step, bare_steps, trained, monkeypatch, tmp_path):
+    """--sample-only draws with the pixels of the training, from the model, else config.json, else the flag."""
+    seen, folder = [], shutil.copytree(trained["conditional"], tmp_path / "run")
+    monkeypatch.setattr(
+        step2.pixelcnn_results, "binarize_test", lambda x, how, *_: seen.append(how) or x / 255.0
+    )
+    flags = [
+        "--conditional",
+        "--sample-only",
+        "--out-dir",
+        tmp_path / "drawn",
+        "--model",
+        folder / "model.pt",
+    ]
+    assert call_step(step2, *flags).returncode == 0
+    model = content(folder, "model.pt")
+    del model["options"]  # as in older files
+    torch.save(model, folder / "model.pt")
+    assert call_step(step2, *flags).returncode == 0
+    (folder / "config.json").unlink()
+    done = call_step(step2, *flags)
+    assert done.returncode == 0 and "--binarize threshold" in done.stdout
+    assert seen == ["stochastic", "stochastic", "threshold"]

@@ -1,29 +1,28 @@
-"""Faults around a run, produced for real: kills, full and read-only disks, systems that lack something.
+"""Faults around a run, produced for real: kills, full and read-only disks, streams and systems that lack something.
 
 The long ones are marked slow: `python -m pytest -m slow` runs them.
 """
 
-import json
-import multiprocessing.process
 import os
 import random
 import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
-import warnings
 from functools import partial
-from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
+import torch
 
 from tests import children
 from tests.children import FLAGS, STEPS
-from tests.conftest import ROOT, assert_refused, content, same
+from tests.conftest import ROOT, TIMEOUT, assert_refused, assert_same_run, content, flags_of
 from utils import files, machine
 
-KILLS = 50
+STOPS = 5  # of each network by each signal, at random moments
 EPOCHS, BATCHES = 6, 4
 SHORT = (partial(children.set_length, EPOCHS, BATCHES), children.draw_nothing)
 
@@ -38,16 +37,6 @@ def disk(tmp_path):
         pytest.skip("mounting a small disk takes a Linux system and its administrator")
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def assert_same_run(first, second):
-    """The same weights, optimisers, random state and losses, and nothing half-written beside them."""
-    ours, theirs = content(first, "checkpoint.pt"), content(second, "checkpoint.pt")
-    for key in ("tracked", "random", "tables", "snapshots"):
-        assert same(ours[key], theirs[key]), key
-    assert same(content(first, "model.pt"), content(second, "model.pt"))
-    assert (first / "losses.csv").read_bytes() == (second / "losses.csv").read_bytes()
-    assert not list(first.glob("*.tmp")) + list(second.glob("*.tmp"))
 
 
 @pytest.fixture(scope="module")
@@ -70,201 +59,169 @@ def whole(start, tmp_path_factory):
 # Stopped
 
 
-def kill_and_resume(start, whole, name, folder, *hooks, after=None):
-    """Kill a run and resume it; returns whether there was time to kill it, and whether a checkpoint was there.
+def stop_and_resume(start, whole, name, folder, *hooks, after=None, number=signal.SIGKILL):
+    """Stop a run by hooks, or by a signal some seconds after its first checkpoint; then resume it to the right end.
 
-    Args:
-        hooks: that kill it from within, or
-        after: seconds until it is killed from outside.
+    Returns whether there was time to stop it, and whether a checkpoint was there.
     """
     flags = ["--batch-size", 8, "--out-dir", folder]
     child = start(children.train, name, flags, *SHORT, *hooks)
     if after is not None:
+        while child.process.exitcode is None and not (folder / "checkpoint.pt").exists():
+            time.sleep(0.002)
         time.sleep(after)
-        child.process.kill()
-    killed = child.end()
-    assert killed.returncode in (0, -signal.SIGKILL), killed.stderr
-    checkpoint = folder / "checkpoint.pt"
-    existed = checkpoint.exists()
-    said = [int(epoch) for epoch in re.findall(r"^epoch (\d+)/", killed.stdout, re.M)]
+        if child.process.exitcode is None:
+            os.kill(child.process.pid, number)
+    stopped = child.end()
+    early = -number  # before the run catches signals
+    assert stopped.returncode in (0, 128 + number, early), stopped.stderr
+    existed = (folder / "checkpoint.pt").exists()
+    said = max([int(epoch) for epoch in re.findall(r"^epoch (\d+)/", stopped.stdout, re.M)], default=0)
     if existed:
-        # An epoch's line is printed just before its checkpoint is written.
-        assert content(folder, "checkpoint.pt")["position"][0] >= max(said, default=0) - 1
-        resumed = start(children.train, name, [*flags, "--resume"], *SHORT).end()
+        epoch, batch, num_batches, *_ = content(folder, "checkpoint.pt")["position"]
+        assert epoch + batch / num_batches >= said, "the checkpoint of an epoch is older than its line"
     else:
-        assert max(said, default=0) == 0
+        assert said == 0
         assert_refused(start(children.train, name, [*flags, "--resume"], *SHORT).end(), "no checkpoint")
-        resumed = start(children.train, name, flags, *SHORT).end()
+    more = ["--resume"] if existed else []
+    resumed = start(children.train, name, [*flags, *more], *SHORT).end()
     assert resumed.returncode == 0, resumed.stderr
     assert_same_run(folder, whole(name)[0])
-    return killed.returncode != 0, existed
+    return stopped.returncode != 0, existed
 
 
-@pytest.mark.parametrize("name, number, stage", [("vae", 3, "half"), ("gan", 2, "whole")])
+@pytest.mark.parametrize("name, number, stage", [("vae", 3, "half"), ("gan", 4, "opened")])
 def test_killed_while_the_checkpoint_is_written(name, number, stage, start, whole, tmp_path):
+    """With "opened" the rows are in the CSV files and the checkpoint does not know of them."""
     aimed = partial(children.kill_in_write, number, stage)
-    assert kill_and_resume(start, whole, name, tmp_path, aimed) == (True, True)
+    assert stop_and_resume(start, whole, name, tmp_path, aimed) == (True, True)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("name", STEPS)
-def test_killed_at_random_moments(name, start, whole, tmp_path):
-    """A quarter of KILLS for each network, two in five of them aimed at the checkpoint's write."""
-    chance = random.Random(name)
-    share = KILLS // len(STEPS) + (list(STEPS).index(name) < KILLS % len(STEPS))
-    kills = early = 0
-    for attempt in range(4 * share):
+def test_stopped_at_random_moments(name, number, start, whole, tmp_path):
+    """Two in five kills come in the checkpoint's write."""
+    chance = random.Random(f"{name} {number}")
+    stops = early = 0
+    for attempt in range(4 * STOPS):
         folder = tmp_path / str(attempt)
-        if attempt % 5 < 2:
+        if number == signal.SIGKILL and attempt % 5 < 2:
             stage = chance.choice(["opened", "half", "whole", "replaced"])
             aimed = partial(children.kill_in_write, chance.randint(1, EPOCHS + 1), stage)
-            killed, existed = kill_and_resume(start, whole, name, folder, aimed)
+            stopped, existed = stop_and_resume(start, whole, name, folder, aimed)
         else:
-            after = chance.uniform(0, whole(name)[1])
-            killed, existed = kill_and_resume(start, whole, name, folder, after=after)
-        kills, early = kills + killed, early + (killed and not existed)
-        if kills == share:
+            after = chance.uniform(0, whole(name)[1] / 4)
+            stopped, existed = stop_and_resume(start, whole, name, folder, after=after, number=number)
+        stops, early = stops + stopped, early + (stopped and not existed)
+        if stops == STOPS:
             break
-    print(f"{name}: {kills} kills, {early} of them before the first checkpoint")
-    assert kills == share
+    print(f"{name}, signal {number}: {stops} stops, {early} of them before the first checkpoint")
+    assert stops == STOPS
 
 
-@pytest.mark.parametrize("hook", [partial(children.interrupt, 7, 2), partial(children.interrupt_in_write, 4)])
-def test_second_ctrl_c_stops_at_once_and_leaves_the_checkpoint(hook, start, whole, tmp_path):
-    """In the middle of a batch, and with half of a checkpoint written: the one before is kept."""
+def test_second_ctrl_c_stops_at_once_and_leaves_the_checkpoint(start, whole, tmp_path):
     flags = ["--batch-size", 8, "--out-dir", tmp_path]
-    done = start(children.train, "vae", flags, *SHORT, hook).end()
+    done = start(children.train, "vae", flags, *SHORT, partial(children.interrupt, 7, 2)).end()
     assert done.returncode == 130 and "Traceback" not in done.stderr
-    epoch = {7: 1, 4: 2}[hook.args[0]]
-    assert content(tmp_path, "checkpoint.pt")["position"][:2] == (epoch, 0)
-    assert not list(tmp_path.glob("*.tmp"))
+    assert content(tmp_path, "checkpoint.pt")["position"][:2] == (0, BATCHES)
     assert start(children.train, "vae", [*flags, "--resume"], *SHORT).end().returncode == 0
     assert_same_run(tmp_path, whole("vae")[0])
 
 
-def test_two_processes_into_one_folder(start, whole, tmp_path):
-    """The second is refused while the first trains, which then ends as if it had been alone."""
-    flags = ["--batch-size", 8, "--out-dir", tmp_path]
-    first = start(children.train, "vae", flags, *SHORT, partial(children.wait_for, tmp_path / "go on"))
-    while not (tmp_path / "waiting").exists():
-        assert first.process.is_alive()
-        time.sleep(0.01)
-    for more in ([], ["--resume"]):
-        second = start(children.train, "vae", [*flags, *more], *SHORT).end()
-        assert_refused(second, "another run writes into")
-    (tmp_path / "go on").touch()
-    assert first.end().returncode == 0
-    assert_same_run(tmp_path, whole("vae")[0])
+def test_a_second_run_into_the_same_folder_is_refused(call_step, bare_steps, tmp_path):
+    with files.lock(tmp_path):
+        for more in ([], ["--resume"], ["--restart"]):
+            done = call_step(STEPS["vae"], *flags_of("vae", tmp_path, *more))
+            assert_refused(done, "another run writes into", str(tmp_path))
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The disk
-
-WRITES = [
-    ("checkpoint.pt", 3),
-    ("losses.csv", EPOCHS + 1),
-    ("model.pt", 1),
-    ("metrics.json", 1),
-    ("loss.png", 1),
-]
+# Files that cannot be written
 
 
-def assert_write_fails(name, number, hook, reason, folder, start, whole):
-    """The run says in one line what could not be written and why; a resumed one, with room, ends as ever."""
-    flags = ["--batch-size", 8, "--out-dir", folder]
-    length = SHORT[:1] if name.endswith(".png") else SHORT
-    done = start(children.train, "gan", flags, *length, hook).end()
-    assert_refused(done, name)
-    assert reason in done.stderr
-    epochs = number - 2 if name == "checkpoint.pt" else EPOCHS
-    assert content(folder, "checkpoint.pt")["position"][:2] == (epochs, 0)
-    assert not list(folder.glob("*.tmp"))
-    (folder / "filler").unlink(missing_ok=True)
-    assert start(children.train, "gan", [*flags, "--resume"], *SHORT).end().returncode == 0
-    assert_same_run(folder, whole("gan")[0])
-
-
-@pytest.mark.parametrize("name, number", WRITES)
+@pytest.mark.parametrize("name, number", [("checkpoint.pt", 3), ("losses.csv", 1), ("model.pt", 1)])
 def test_full_disk(name, number, disk, start, whole):
+    """The run says what could not be written and why; a resumed one, with room, ends as ever."""
+    flags = ["--batch-size", 8, "--out-dir", disk]
     hook = partial(children.fill_disk, disk, name, number)
-    assert_write_fails(name, number, hook, "No space left", disk, start, whole)
+    done = start(children.train, "gan", flags, *SHORT, hook).end()
+    assert done.returncode == 2 and name in done.stderr and "No space left" in done.stderr
+    assert "Traceback" not in done.stderr and not list(disk.glob("*.tmp"))
+    (disk / "filler").unlink()
+    assert start(children.train, "gan", [*flags, "--resume"], *SHORT).end().returncode == 0
+    assert_same_run(disk, whole("gan")[0])
 
 
-@pytest.mark.skipif(not find_spec("resource"), reason="the system has no limit of a file's size")
-@pytest.mark.parametrize("name, number", WRITES)
-def test_file_too_large_for_the_system(name, number, start, whole, tmp_path):
-    hook = partial(children.limit_files, name, number)
-    assert_write_fails(name, number, hook, "File too large", tmp_path, start, whole)
+@pytest.mark.parametrize("name", ["losses.csv", "epochs.csv"])
+def test_a_file_that_another_program_holds(name, start, whole, tmp_path):
+    """The run warns once and trains on. The line at the end says that --resume writes the file."""
+    flags = ["--batch-size", 8, "--out-dir", tmp_path]
+    done = start(children.train, "gan", flags, *SHORT, partial(children.keep_open, name)).end()
+    warnings = [line for line in done.stderr.splitlines() if line.startswith("warning")]
+    assert done.returncode == 2 and len(warnings) == 1 and name in warnings[0], done.stderr
+    assert (tmp_path / "metrics.json").exists() and "--resume" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / name).exists()
+    assert start(children.train, "gan", [*flags, "--resume"], *SHORT).end().returncode == 0
+    assert_same_run(tmp_path, whole("gan")[0])
 
 
-@pytest.mark.parametrize("name", STEPS)
-def test_read_only_folder_is_said_before_the_training(name, disk, call_step, bare_steps):
+def test_read_only_folder_is_said_before_the_training(disk, call_step, bare_steps):
     (disk / "trained").mkdir()
-    flags = [*FLAGS[name], "--dry-run", "--batch-size", 8, "--out-dir"]
-    assert call_step(STEPS[name], *flags, disk / "trained").returncode == 0
+    flags = [*FLAGS["vae"], "--dry-run", "--batch-size", 8, "--out-dir"]
+    assert call_step(STEPS["vae"], *flags, disk / "trained").returncode == 0
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     for more in ([disk], [disk / "new"], [disk / "trained", "--resume"]):
-        done = call_step(STEPS[name], *flags, *more)
+        done = call_step(STEPS["vae"], *flags, *more)
         assert_refused(done, "--out-dir", "Read-only file system")
         assert "epoch 1" not in done.stdout
 
 
-def test_samples_into_a_read_only_folder(disk, call_step, trained):
+def test_samples_that_cannot_be_written(disk, call_step, trained):
+    """They are all that --sample-only is for, so the exit code tells it."""
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-    for folder in (disk, disk / "new"):
-        flags = ["--sample-only", "--model", trained["gan"] / "model.pt", "--out-dir", folder]
-        assert_refused(call_step(STEPS["gan"], *flags), "--out-dir", "Read-only file system")
+    flags = ["--sample-only", "--model", trained["gan"] / "model.pt", "--out-dir", disk]
+    done = call_step(STEPS["gan"], *flags)
+    assert done.returncode == 2 and "Read-only file system" in done.stderr
+    assert "samples.png could not be written" in done.stderr.splitlines()[-1]
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Platforms and memory
+# Streams and platforms
+
+TRAIN = "import sys; from tests import children; children.train('vae', sys.argv[1:], children.draw_nothing)"
 
 
-@pytest.mark.parametrize("name", STEPS)
-def test_nothing_that_other_systems_lack(name, call_step, bare_steps, monkeypatch, tmp_path):
-    """No fork, no process, no display, no file locks, no libc, no affinity: as on Windows."""
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no such device")
+@pytest.mark.parametrize("streams", ["2>&-", "<&- >&-", ">/dev/full 2>&1"])
+def test_a_run_trains_on_without_its_streams(streams, tmp_path):
+    """As a service that has none, and with a log on a full disk."""
+    command = f'exec "$0" -c "$1" --out-dir "$2" {streams}'
+    # Jupyter names a backend that matplotlib refuses without a package.
+    environment = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    words = ["sh", "-c", command, sys.executable, TRAIN, tmp_path]
+    done = subprocess.run(words, cwd=ROOT, env=environment, timeout=TIMEOUT)
+    assert done.returncode == 0
+    assert (tmp_path / "metrics.json").exists() and torch.load(tmp_path / "model.pt", weights_only=True)
+
+
+def test_nothing_that_other_systems_lack(call_step, bare_steps, monkeypatch, tmp_path):
+    """No process, no display, no file locks, no libc, no affinity, few signals: as on Windows."""
 
     def refuse(*_, **__):
-        raise AssertionError("a process was started")
+        raise OSError("no such library, and no process")
 
-    monkeypatch.delattr(os, "fork", raising=False)
-    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
-    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
-    monkeypatch.setattr(subprocess, "Popen", refuse)
-    monkeypatch.setattr(files, "fcntl", None)
-    monkeypatch.setattr(machine.ctypes, "CDLL", refuse_library)
+    for owner, name in ((os, "fork"), (os, "sched_getaffinity"), (signal, "SIGHUP"), (signal, "SIGUSR1")):
+        monkeypatch.delattr(owner, name, raising=False)
+    for owner, name, value in (
+        (subprocess, "Popen", refuse),
+        (machine.ctypes, "CDLL", refuse),
+        (files, "fcntl", None),
+    ):
+        monkeypatch.setattr(owner, name, value)
     for variable in ("DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(variable, raising=False)
-    flags = [*FLAGS[name], "--dry-run", "--batch-size", 4, "--out-dir", tmp_path]
-    done = call_step(STEPS[name], *flags)
+    done = call_step(STEPS["vae"], *flags_of("vae", tmp_path))
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "metrics.json").exists()
-
-
-def refuse_library(_):
-    raise OSError("no such library")
-
-
-@pytest.mark.parametrize(
-    "path", sorted(ROOT.glob("*.py")) + sorted(ROOT.glob("[mu]*/*.py")), ids=lambda p: p.name
-)
-def test_sources_compile_without_a_warning(path):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        compile(path.read_text(encoding="utf-8"), path, "exec")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="the system does not say")
-@pytest.mark.parametrize("name", STEPS)
-def test_memory_does_not_grow_over_40_epochs(name, start, tmp_path):
-    """With batches of 300 images. One batch kept from each epoch would be 23 MiB after 25 epochs."""
-    length = partial(children.set_length, 40)
-    watch = partial(children.watch_memory, tmp_path / "memory.json")
-    flags = ["--epochs", 40, "--batch-size", 300, "--out-dir", tmp_path / "run"]
-    done = start(children.train, name, flags, length, watch).end()
-    assert done.returncode == 0, done.stderr
-    seen = json.loads((tmp_path / "memory.json").read_text())
-    early, late = max(seen["resident"][8:13]), min(seen["resident"][-5:])
-    print(f"{name}: {early:.0f} MiB after 10 epochs, {late:.0f} MiB after 40")
-    assert late - early < 10 and seen["figures"] == 0

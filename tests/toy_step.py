@@ -7,7 +7,6 @@ import torch
 
 from models.mixture import BernoulliMixture
 from utils import cli, data, files, metrics, plotting
-from utils.hyperparameters import NETWORK
 
 STEP = "step4_mixture"
 VARIANTS = {"few": ("how many components are needed?", dict(components=10))}
@@ -20,19 +19,19 @@ def train(
     num_epochs: Annotated[int, "passes over the training images"] = 10,
     batch_size: Annotated[int, "images in a batch"] = 128,
     learning_rate: Annotated[float, "learning rate of Adam"] = 3e-2,
-    components: Annotated[int, "components of the mixture", NETWORK] = 50,
+    components: Annotated[int, "components of the mixture"] = 50,
 ):
     model = BernoulliMixture(components).to(run.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
-    run.track(model=model, optimizer=optimizer)
-    for epoch in run.epochs(num_epochs):
+    run.resume_or_start(model=model, optimizer=optimizer)
+    for _ in run.epochs(num_epochs):
         for (x,) in run.batches(images, batch_size=batch_size):
             nll = -model(data.binarize(x, "threshold")).mean()
             optimizer.zero_grad()
             nll.backward()
             optimizer.step()
-            run.record(keep=True, nll=nll)
-        run.print_epoch(epoch, run.means())
+            run.record_row(nll=nll)
+        run.print_epoch(run.pop_means())
     return model
 
 
@@ -54,10 +53,7 @@ def sample(run, path, test_set):
 
 
 def main(argv=None):
-    return cli.main(
-        argv, script=__file__, description=__doc__, step=STEP, training=train, variants=VARIANTS,
-        train_and_evaluate=train_and_evaluate, sample=sample,
-    )  # fmt: skip
+    return cli.main(sys.modules[__name__], argv)
 
 
 if __name__ == "__main__":

@@ -1,175 +1,214 @@
-"""Several runs of a step, over variants and seeds, and a table of their metrics."""
+"""Several runs of a step, over variants and seeds, and a table of their metrics.
 
+A step's ABLATION may have `length`, the flags for the length of each run, unless the command line or a variant sets
+it; `flags`, further flags; `left_out`, variants that --ablation leaves out, unless --variant asks for one; and
+`num_seeds`, how often the default and each variant are trained, unless --seeds says it.
+"""
+
+import contextlib
+import ctypes
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import tempfile
+import time
 
 from tqdm import tqdm
 
 from utils import files, machine
 from utils.checkpoint import is_finished
 from utils.files import UserError
+from utils.options import ArgumentParser
+
+NO_SETTINGS = dict(length=(), flags=(), left_out=(), num_seeds=(3, 2))
 
 
-def run_all(script, folder, args, variants, given, length=(), flags=(), left_out=(), num_seeds=(3, 2)):
+def run_all(step, folder, args, argv):
     """Train one configuration with several seeds, or with --ablation the default and the variants.
 
     An ablation is there to choose by, so it is evaluated on held-out training images. Each run is a process of its
     own: on the CPU as many at once as there are cores, with one thread each, and one at a time on a GPU. Finished
-    runs are kept and interrupted ones go on, unless --restart is given. The flags of the runs are kept in flags.json,
-    and later calls need the same flags. A run that fails does not stop the others.
+    runs are kept and interrupted ones go on, unless --restart is given. A run that fails does not stop the others.
 
     Args:
+        step: module of the step.
         folder: the runs go into ablation/ or seeds/ below it, the table into ablation.csv or seeds.csv beside that.
-        variants: all variants of the step; --ablation leaves out those named in `left_out`, unless --variant asks.
-        given: flags of the command line for every run.
-        length: flags for the length of each run of an ablation, unless the command line or a variant sets one. A
-            variant of `left_out` with its own number of epochs is compared with the default at full length.
-        flags: further flags of each run of an ablation.
-        num_seeds: how often the default and each variant are trained, unless --seeds says it.
-
-    Returns:
-        The folder of the run with the first seed by variant name, the default's by "default".
+        args, argv: the command line, parsed and as a list.
     """
-    place_of_all = folder / ("ablation" if args.ablation else "seeds")
-    names = _names(args, variants, left_out)
-    given = [*(["--held-out", *flags] if args.ablation else []), *given]
-    length = _length(args, variants, left_out, length)
+    settings = {**NO_SETTINGS, **getattr(step, "ABLATION", {})}
+    top = folder / ("ablation" if args.ablation else "seeds")
+    names = [args.variant]
+    if args.ablation:
+        compared = [name for name in step.VARIANTS if name not in settings["left_out"]]
+        names = [None, *([args.variant] if args.variant else compared)]
+    of_default, of_variant = settings["num_seeds"]
 
-    def seeds(name):
-        of_default, of_variant = num_seeds
-        return range(args.seed, args.seed + (args.seeds or (of_variant if name else of_default)))
+    def places(name):
+        """Return the folders of a variant's runs, by seed."""
+        below = ("variants", name) if name and args.ablation else ()
+        count = args.seeds or (of_variant if name else of_default)
+        return {seed: top.joinpath(f"seed_{seed}", *below) for seed in range(args.seed, args.seed + count)}
 
-    def place(name, seed):
-        seed_folder = place_of_all / f"seed_{seed}"
-        return seed_folder / "variants" / name if name and args.ablation else seed_folder
+    files.make_folder(top)
+    with files.lock(top):
+        flags, length = common_flags(step, settings, args, argv)
+        keep_flags(top, [*length, *flags])
+        runs = [(name, seed, place) for name in names for seed, place in places(name).items()]
+        to_do = [each for each in runs if args.restart or not is_complete(each[2], changes(step, each[0]))]
+        machine.say(f"{len(to_do)} of {len(runs)} runs to do{duration(step, args, len(to_do))}")
+        machine.say(f"results go to {top}")
+        train_all([command(step, args, length, flags, *each) for each in to_do], args.device)
 
-    changes = {name: variants[name][1] if name else {} for name in [None, *variants]}
+    def has_rows(name):  # those of earlier calls keep their rows
+        complete = all(is_complete(place, changes(step, name)) for place in places(name).values())
+        return name in names or (args.ablation and complete)
 
-    def is_complete(name, seed):
-        return _is_complete(place(name, seed)) and _has(place(name, seed), changes[name])
-
-    def command(name, seed):
-        where = place(name, seed)
-        length_flags = () if "num_epochs" in changes[name] else length
-        words = [sys.executable, str(script), *length_flags, *given, "--seed", str(seed)]
-        words += ["--out-dir", str(where)] + (["--variant", name] if name else [])
-        return words + _begin(where, changes[name], args.restart)
-
-    files.make_folder(place_of_all)
-    with files.lock(place_of_all):
-        _keep_flags(place_of_all, [*length, *given])
-        runs = [(name, seed) for name in names for seed in seeds(name)]
-        to_do = [run for run in runs if args.restart or not is_complete(*run)]
-        machine.say(f"{len(to_do)} of {len(runs)} runs to do; results go to {place_of_all}")
-        _train_all([(*run, command(*run)) for run in to_do], machine.find_device(args.device))
-    possible = [None, *variants] if args.ablation else names
-    earlier = [each for each in possible if all(is_complete(each, seed) for seed in seeds(each))]
-    names = [each for each in possible if each in names or each in earlier]  # these keep their rows
-    path = place_of_all.with_suffix(".csv")
-    files.write_csv(path, table({name: [place(name, seed) for seed in seeds(name)] for name in names}))
-    machine.say(f"table in {path}")
-    return {name or "default": place(name, args.seed) for name in names}
+    shown = {name or "default": places(name) for name in [None, *step.VARIANTS] if has_rows(name)}
+    write_table(top.with_suffix(".csv"), {name: [*of_seeds.values()] for name, of_seeds in shown.items()})
+    if args.ablation and hasattr(step, "draw_ablation"):
+        step.draw_ablation(folder, {name: of_seeds[args.seed] for name, of_seeds in shown.items()})
 
 
-def _names(args, variants, left_out):
-    """Return the variants to train, None for the default."""
+def changes(step, name):
+    """Return the options that a variant changes; None is the default, which changes none."""
+    return step.VARIANTS[name][1] if name else {}
+
+
+def common_flags(step, settings, args, argv):
+    """Return the flags of every run, and those of its length, which a variant may replace."""
+    parser = ArgumentParser(add_help=False)  # of the flags that each run has of its own
+    for flag in ("--ablation", "--resume", "--restart"):
+        parser.add_argument(flag, action="store_true")
+    for flag in ("--seeds", "--seed", "--out-dir", "--variant"):
+        parser.add_argument(flag)
+    given = parser.parse_known_args(argv)[1]
     if not args.ablation:
-        return [args.variant]
-    return [None, *([args.variant] if args.variant else [name for name in variants if name not in left_out])]
+        return given, []
+    # A variant that is left out and has its own number of epochs is compared with the default at full length.
+    own_length = args.variant in settings["left_out"] and "num_epochs" in changes(step, args.variant)
+    length = [] if args.minutes or "num_epochs" in args or own_length else settings["length"]
+    return ["--held-out", *settings["flags"], *given], length
 
 
-def _length(args, variants, left_out, length):
-    """Return the flags for the length of the runs, none where something else sets it."""
-    at_full_length = args.variant in left_out and "num_epochs" in variants[args.variant][1]
-    return length if args.ablation and not (args.minutes or "num_epochs" in args or at_full_length) else ()
+def command(step, args, length, flags, name, seed, place):
+    """Return what to call a run, and its command line."""
+    words = [sys.executable, step.__file__, *flags, "--seed", str(seed), "--out-dir", str(place)]
+    words += [] if "num_epochs" in changes(step, name) else length
+    words += ["--variant", name] if name else []
+    if (place / "checkpoint.pt").exists():
+        words += ["--resume"] if has(place, changes(step, name)) and not args.restart else ["--restart"]
+    return f"{name or 'default'}, seed {seed}", words
 
 
-def _train_all(commands, device):
-    """Run (variant, seed, command) triples, side by side on the CPU.
+def duration(step, args, count):
+    """Return how long so many runs take, by the time of the reported run, as text."""
+    path = files.ROOT / "results" / step.STEP / "metrics.json"
+    if not path.exists() or args.dry_run:
+        return ""
+    minutes = files.read_json(path)["wall_time"]["value"] / 60 * count / num_workers(count, args.device)
+    return f", at most {minutes:.0f} minutes with the length and speed of the reported run"
 
-    Raises:
-        UserError: some runs failed. The others have been run all the same.
-    """
+
+def num_workers(count, device):
+    """Return how many of so many runs to train side by side."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = max(1, min(len(commands), cores)) if device.type == "cpu" else 1
+    return max(1, min(count, cores)) if machine.find_device(device).type == "cpu" else 1
+
+
+def train_all(commands, device):
+    """Run (name, command) pairs, side by side on the CPU; raise UserError at the end if some failed.
+
+    A signal to this process, or its end, ends the runs after the batch under way, with their checkpoints saved.
+    """
+    workers = num_workers(len(commands), device)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"} if workers > 1 else None
-
-    def train(command):
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        return lines[-1] if done.returncode else None
-
-    failures = []
-    with ThreadPoolExecutor(workers) as pool:
-        futures = {pool.submit(train, command): (name, seed) for name, seed, command in commands}
-        try:
-            for future in tqdm(as_completed(futures), "runs", total=len(commands), disable=None):
-                name, seed = futures[future]
-                failure = future.result()
-                if failure:
-                    failures.append(f"the run of {name or 'default'} with seed {seed} failed: {failure}")
-                with tqdm.external_write_mode():
-                    machine.say(failures[-1] if failure else f"{name or 'default'}, seed {seed}: done")
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    waiting, running, failures = [*commands], {}, []
+    handlers = machine.catch_signals(machine.raise_stopped)
+    try:
+        with tqdm(total=len(commands), desc="runs", disable=None) as bar:
+            while waiting or running:
+                while waiting and len(running) < workers:
+                    name, words = waiting.pop(0)
+                    errors = tempfile.TemporaryFile()
+                    running[start(words, environment, errors)] = name, errors
+                time.sleep(0.1)
+                for process in [each for each in running if each.poll() is not None]:
+                    failures += report(process, *running.pop(process))
+                    bar.update()
+    finally:
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
+        machine.restore_signals(handlers)
     if failures:
         raise UserError(f"{len(failures)} of {len(commands)} runs failed, hence no table; {failures[0]}")
 
 
-def _keep_flags(folder, given):
+def start(words, environment, errors):
+    """Start a run in a session of its own: a signal of the terminal reaches it through this process alone."""
+    end = end_with_parent if sys.platform == "linux" else None
+    more = dict(env=environment, stderr=errors, preexec_fn=end)
+    return subprocess.Popen(words, stdout=subprocess.DEVNULL, start_new_session=True, **more)
+
+
+def end_with_parent():
+    """Let the system send SIGTERM to this process when its parent ends."""
+    set_parent_death_signal = 1  # prctl(2)
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+
+
+def report(process, name, errors):
+    """Print how a run has ended; return a list of its failure, empty if there is none."""
+    errors.seek(0)
+    lines = errors.read().decode(errors="replace").strip().splitlines() or [f"exit code {process.returncode}"]
+    result = f"{name}: {lines[-1] if process.returncode else 'done'}"
+    with tqdm.external_write_mode():
+        machine.say(result)
+    return [result] if process.returncode else []
+
+
+def keep_flags(folder, flags):
     """Write the flags of the runs into flags.json. Earlier runs in the folder must have the same flags."""
     path = folder / "flags.json"
-    if path.exists():
-        kept = json.loads(path.read_text())
-        if kept != given:
-            theirs = " ".join(kept) or "(none)"
-            raise UserError(
-                f"the runs in {folder} have the flags {theirs}: take the same flags or another --out-dir"
-            )
-        return
-    files.write_json(path, given)
+    kept = json.loads(path.read_text()) if path.exists() else flags
+    if kept != flags:
+        theirs = " ".join(kept) or "(none)"
+        raise UserError(f"the runs in {folder} have the flags {theirs}: take these or another --out-dir")
+    files.write_json(path, flags)
 
 
-def _is_complete(folder):
-    """Tell whether a run is finished and has left what tables and figures need."""
-    return is_finished(folder) and all((folder / name).exists() for name in ("losses.csv", "model.pt"))
+def is_complete(folder, options):
+    """Tell whether a run with these options is finished, and has left what tables and figures need."""
+    needed = all((folder / name).exists() for name in ("losses.csv", "model.pt"))
+    return needed and is_finished(folder) and has(folder, options)
 
 
-def _begin(folder, changes, restart):
-    """Return the flag with which a run goes on or begins anew; a new one needs none."""
-    if not (folder / "checkpoint.pt").exists():
-        return []
-    return ["--resume"] if _has(folder, changes) and not restart else ["--restart"]
-
-
-def _has(folder, changes):
-    """Tell whether the run in a folder has these hyperparameters. A variant may have been edited meanwhile."""
+def has(folder, options):
+    """Tell whether the run in a folder has these options. A variant may have been edited meanwhile."""
     if not (folder / "config.json").exists():
         return False
-    theirs = json.loads((folder / "config.json").read_text())["hyperparameters"]
-    return all(theirs.get(name) == json.loads(json.dumps(value)) for name, value in changes.items())
+    theirs = files.read_json(folder / "config.json")["hyperparameters"]
+    return all(theirs.get(name) == json.loads(json.dumps(value)) for name, value in options.items())
 
 
-def table(folders):
-    """Make the table of runs; `folders` has the folders of the seeds by the name of the variant, None for the default.
+def write_table(path, folders):
+    """Write and print the table of runs; `folders` has the folders of the seeds by the name of the variant.
 
-    Returns:
-        Columns: the variant, the number of seeds, then mean and standard deviation over the seeds of each metric
-        that the first run has.
+    Its columns are the variant, the number of seeds, then mean and standard deviation over the seeds of each metric
+    that the first run has.
     """
-    results = {
-        name: [json.loads((folder / "metrics.json").read_text()) for folder in of_seeds]
-        for name, of_seeds in folders.items()
-    }
-    columns = {"variant": [name or "default" for name in results], "seeds": [*map(len, results.values())]}
-    for key in next(iter(results.values()))[0]:
-        found = [[each.get(key, {}).get("value") for each in of_seeds] for of_seeds in results.values()]
-        values = [[value for value in each if value is not None] for each in found]
-        columns[f"{key}_mean"] = [statistics.fmean(each) if each else None for each in values]
-        columns[f"{key}_std"] = [statistics.stdev(each) if len(each) > 1 else None for each in values]
-    return columns
+    results = [[files.read_json(each / "metrics.json") for each in of_seeds] for of_seeds in folders.values()]
+    rows = [{"variant": name, "seeds": len(of_seeds)} for name, of_seeds in folders.items()]
+    for key in results[0][0]:
+        for row, of_seeds in zip(rows, results):
+            values = [each[key]["value"] for each in of_seeds if key in each]
+            row[f"{key}_mean"] = statistics.fmean(values) if values else None
+            row[f"{key}_std"] = statistics.stdev(values) if len(values) > 1 else None
+    text = files.csv_text(rows)
+    files.write_atomically(path, text.encode())
+    machine.say(f"{text}\nthis table is in {path}")

@@ -1,60 +1,119 @@
-"""The command line of a step: its variants, folders and exit codes, and the main that all steps share."""
+"""The command line of a step: its flags, folders and exit codes.
 
-import difflib
+A step is a module with STEP, the name of its folder below results/; VARIANTS, a dict of name: (question, changed
+options); `train`, whose keyword-only arguments are the options; `train_and_evaluate`, called with (run, train_set,
+test_set), where a set is (uint8 images, labels); and `sample`, called with (run, path of model.pt, test_set).
+
+It may have NETWORK, a class whose keyword-only arguments are options, too; CONDITIONAL_STEP, the folder with
+--conditional; `add_flags`, called with an argparse group; ABLATION and `draw_ablation` (utils/ablation.py); and
+SEVERAL_PROCESSES, if torchrun may start it.
+"""
+
+import argparse
 import hashlib
-import json
 import os
 import sys
 from pathlib import Path
 
-from utils import ablation, machine, parallel
+from utils import ablation, files, machine, metrics, parallel
 from utils.data import DATASETS, load_data
-from utils.files import ROOT, UserError, lacks_memory
-from utils.flags import ArgumentParser, make_parser
-from utils.hyperparameters import hyperparameters
-from utils.run import Run, Terminated
+from utils.files import ROOT, UserError
+from utils.options import ArgumentParser, folder, nearest, number, read_options
+from utils.run import Run
 
 MAX_FOLDER_NAME = 100  # characters
+MAX_COUNT = 5000
 DRY_RUN_EPOCHS = 2
 
 
+def make_parser(step, specs):
+    """Return the parser of a step, and the defaults of the flags that only this step has."""
+    parser = ArgumentParser(prog=Path(step.__file__).name, description=step.__doc__)
+    add_run_flags(parser.add_argument_group("run"))
+    group, own = parser.add_argument_group("options"), parser.add_argument_group("this step")
+    for each in specs.values():
+        try:
+            each.add_to(group)
+        except argparse.ArgumentError:
+            raise TypeError(f"the argument {each.name!r} needs another name: {each.flag} exists") from None
+    getattr(step, "add_flags", lambda group: None)(own)
+    return parser, {each.dest: each.default for each in own._group_actions if each.dest != "conditional"}
+
+
+def add_run_flags(group):
+    """Add the flags that every step has beside its options."""
+    add = group.add_argument
+    minutes = "train for so long instead of a number of epochs; evaluations, figures and metrics come on top"
+    add("--minutes", type=number(1e-9, float), metavar="M", help=minutes)
+    add("--seed", type=number(0), default=0, metavar="N", help="seed of all random numbers (0)")
+    devices = ["auto", "cpu", "cuda", "mps"]
+    add("--device", choices=devices, default="auto", help="auto is cuda where there is one, else cpu")
+    names = ", ".join(DATASETS)
+    add("--dataset", choices=DATASETS, default=DATASETS[0], metavar="NAME", help=f"one of {names}")
+    add("--data-dir", type=folder, default=ROOT / "data", metavar="DIR", help="folder of the data (data/)")
+    add("--out-dir", type=folder, metavar="DIR", help="folder for the results, made if missing")
+    add("--dry-run", action="store_true", help="train on a few batches and write every file, to look around")
+    begin = group.add_mutually_exclusive_group().add_argument
+    begin("--resume", action="store_true", help="go on from the checkpoint of an interrupted or shorter run")
+    begin("--restart", action="store_true", help="begin anew over what is in the folder")
+    add("--sample-only", action="store_true", help="draw the figures of a trained model, without training")
+    add("--model", type=folder, metavar="PATH", help="model.pt to draw from, with --sample-only")
+    count = number(1, most=MAX_COUNT)
+    add("--count", type=count, metavar="N", help=f"number of images in the sample grid, up to {MAX_COUNT}")
+    add("--variant", metavar="NAME", help="train a named variant")
+    add("--list-variants", action="store_true", help="list the variants and why they are there, and stop")
+    compare = "compare the default with the variants, or with --variant; a table"
+    add("--ablation", action="store_true", help=compare)
+    add("--seeds", type=number(1), metavar="N", help="train with N seeds from --seed on; make a table")
+    add("--held-out", action="store_true", help="evaluate on the last 10,000 training images, to choose by")
+
+
 def choose_options(parser, args, specs, variants):
-    """Choose the hyperparameters of the run; --list-variants prints and exits.
+    """Choose the options of the run: defaults, changed by the variant, changed by the flags.
 
     Returns:
-        The options (defaults, changed by the variant, changed by the flags), and the same without the flags.
+        The options, and the same without the flags.
     """
-    for name, (_, changes) in variants.items():
-        for key, value in changes.items():
-            if key not in specs:
-                near = difflib.get_close_matches(key, specs, 1, cutoff=0)[0]
-                parser.error(f"the variant {name!r} sets {key!r}, which does not exist: is it {near!r}?")
-            try:
-                specs[key].check(value)
-            except ValueError as error:
-                parser.error(f"the variant {name!r}: {error}")
-    if args.list_variants:
-        width = max(map(len, variants), default=0)
-        for name, (reason, changes) in variants.items():
-            shown = ", ".join(f"{key}={value}" for key, value in changes.items())
-            machine.say(f"{name:{width}}  {reason} ({shown})")
-        parser.exit()
     if args.variant is not None and args.variant not in variants:
-        near = difflib.get_close_matches(args.variant, variants, 1, cutoff=0) or ["none"]
-        parser.error(f"unknown variant {args.variant!r}, the nearest is {near[0]!r}: try --list-variants")
-    if args.model and not args.sample_only:
-        parser.error("--model needs --sample-only: training begins from new weights")
-    if args.minutes and "num_epochs" in args:
-        parser.error("--minutes is not allowed with --epochs")
-    preset = {name: each.default for name, each in specs.items()}
-    preset |= variants[args.variant][1] if args.variant else {}
+        near = nearest(args.variant, variants or ["none"])
+        parser.error(f"unknown variant {args.variant!r}, the nearest is {near!r}: try --list-variants")
+    # A network of your own may lack what the variants change. Then only the runs of these variants are refused.
+    for name in [args.variant] if args.variant else variants if args.ablation else ():
+        for key in variants[name][1].keys() - specs:
+            near = nearest(key, specs)
+            parser.error(f"the variant {name!r} sets {key!r}, which does not exist: is it {near!r}?")
+    defaults = {name: each.default for name, each in specs.items()}
+    of_variant = variants[args.variant][1] if args.variant else {}
     flags = {name: getattr(args, name) for name in specs if name in args}
-    flags = {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
-    options = {**preset, **flags}
+
+    preset = {**defaults, **of_variant}
+    preset, options = (
+        {name: specs[name].collect(each[name]) for name in specs} for each in (preset, {**preset, **flags})
+    )
+    for name, value in options.items():
+        try:
+            specs[name].check(value)
+        except ValueError as error:
+            parser.error(str(error))
     if args.dry_run:
         preset["num_epochs"] = options["num_epochs"] = min(options["num_epochs"], DRY_RUN_EPOCHS)
         args.minutes = None
     return options, preset
+
+
+def refuse_contradictions(parser, args, step):
+    """End with one line if flags do not fit together."""
+    several = args.ablation or args.seeds
+    alone = several or args.minutes or args.sample_only or not hasattr(step, "SEVERAL_PROCESSES")
+    contradictions = {
+        "--model needs --sample-only: training begins from new weights": args.model and not args.sample_only,
+        "--minutes is not allowed with --epochs": args.minutes and "num_epochs" in args,
+        "--sample-only draws one run: leave out --ablation and --seeds": several and args.sample_only,
+        "this takes one process: start it with python, not with torchrun": parallel.launched() and alone,
+    }
+    for message, holds in contradictions.items():
+        if holds:
+            parser.error(message)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -65,16 +124,17 @@ def differences(args, options, preset, own_defaults):
     """List how a run differs from the reported one, such as ["dropout=0.4", "seed=3"].
 
     Args:
-        options, preset: hyperparameters of this run and of the reported one.
+        options, preset: options of this run and of the reported one.
         own_defaults: the defaults of the flags that only this step has.
     """
 
     def spell(value):
-        if isinstance(value, tuple):
+        if isinstance(value, (tuple, list)):
             return "-".join(map(spell, value))
-        if value is None or isinstance(value, bool):
-            return str(value).lower()
-        return f"{value:g}" if isinstance(value, float) else str(value)
+        if isinstance(value, float):
+            return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+        text = str(value).lower() if value is None or isinstance(value, bool) else str(value)
+        return text.replace("/", "_").replace(os.sep, "_")
 
     flags = {**own_defaults, "seed": 0, "minutes": None, "dataset": DATASETS[0], "count": None}
     changed = {name: value for name, value in options.items() if value != preset[name]}
@@ -91,169 +151,121 @@ def default_folder(step, variant, parts):
     Only the reported run, which has no differences (`parts`), writes into the committed folder. Any other run has a
     folder of its own below runs/, which git ignores.
     """
-    folder = ROOT / "results" / step
+    folder, name = ROOT / "results" / step, ",".join(parts)
     if variant:
         folder = folder / "variants" / variant
-    return folder / "runs" / short_name(parts) if parts else folder
+    if len(name) > MAX_FOLDER_NAME:
+        name = name[: MAX_FOLDER_NAME - 9] + "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
+    return folder / "runs" / name if name else folder
 
 
-def short_name(parts):
-    """Join the parts; cut a long name and end it in a hash of the whole."""
-    name = ",".join(parts)
-    if len(name) <= MAX_FOLDER_NAME:
-        return name
-    return name[: MAX_FOLDER_NAME - 9] + "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
+def folder_of_several(step, args, parts):
+    """Return the folder of --ablation or --seeds. Variants that are asked for one by one share a folder."""
+    seeds = [f"seeds={args.seeds}"] if args.seeds else []
+    if not args.ablation:
+        return default_folder(step, args.variant, [*parts, *seeds])
+    parts = [*(part for part in parts if part != "held_out"), *seeds]
+    return default_folder(step, None, ["ablation", *parts] if parts or args.variant else [])
+
+
+def shorter_runs(step, variant, parts, num_epochs, usual):
+    """Return the folders of the runs that differ from this one in fewer epochs alone; `usual` is the default."""
+    others = [part for part in parts if not part.startswith("epochs=")]
+    counts = reversed(range(1, num_epochs))
+    return [default_folder(step, variant, [*[f"epochs={n}"] * (n != usual), *others]) for n in counts]
 
 
 # ---------------------------------------------------------------------------------------------------------
 # The main of all steps
 
 
-def main(
-    argv, *, script, description, step, training, train_and_evaluate, variants, network=None, sample=None,
-    conditional_step=None, several_processes=False, add_flags=None, draw_ablation=None, **ablation_options,
-):  # fmt: skip
-    """Run a step's command and return its exit code.
-
-    Args:
-        argv: list of flags; None for no flags.
-        script, description: `__file__` and `__doc__` of the step script.
-        step: name of the step and of its folder below results/; with --conditional it is `conditional_step`.
-        training, network: functions whose keyword-only arguments are the hyperparameters.
-        train_and_evaluate: called with (run, train_set, test_set); a set is (uint8 images, labels). In a dry run the
-            training set has a few batches; `run.limit` cuts the test set where all of it would take long.
-        sample: called with (run, path of model.pt, test_set) for --sample-only.
-        variants: dict of name: (reason, changed hyperparameters).
-        add_flags: called with an argparse group, to add the flags that only this step has.
-        draw_ablation: called with (folder, folders of the runs by variant) after --ablation.
-        ablation_options: length, flags and left_out of `ablation.run_all`.
-    """
-    specs = hyperparameters(training) | (hyperparameters(network, "network") if network else {})
-    parser = make_parser(script, description, specs)
-    own = parser.add_argument_group("this step")
-    if conditional_step:
-        own.add_argument("--conditional", action="store_true", help="train the class-conditional network")
-    common = vars(parser.parse_args([]))
-    if conditional_step:
-        own.add_argument(
-            "--digit", type=int, choices=range(10), metavar="D", help="digit of samples_digit.png (3)"
-        )
-    if add_flags:
-        add_flags(own)
-    own_defaults = {name: value for name, value in vars(parser.parse_args([])).items() if name not in common}
-
-    def work():
-        args = parser.parse_args(argv or [])
-        args.command = _command(script, argv or [])
-        options, preset = choose_options(parser, args, specs, variants)
-        if conditional_step and args.digit is not None and not args.conditional:
-            parser.error("--digit needs --conditional: the other network is not told a digit")
-        name = conditional_step if conditional_step and args.conditional else step
-        parts = differences(args, options, preset, own_defaults)
-        if args.ablation or args.seeds:
-            if parallel.launched():
-                raise UserError("several runs use all cores: start with python, not with torchrun")
-            folder = args.out_dir or _folder_of_several(name, args, parts)
-            given = _flags_of_each_run(argv or [])
-            folders = ablation.run_all(script, folder, args, variants, given, **ablation_options)
-            if args.ablation and draw_ablation:
-                draw_ablation(folder, folders)
-            return
-        folder = args.out_dir or default_folder(name, args.variant, parts)
-        run = Run(name, args, options, folder, several_processes)
-        try:
-            _train_or_sample(run, parser, parts, own_defaults, train_and_evaluate, sample)
-        finally:
-            run.close()
-
-    return exit_code(work, Path(script).name)
+def main(step, argv=None):
+    """Run the command of a step, a module, with a list of flags; return its exit code."""
+    return exit_code(lambda: run_command(step, argv or []), Path(step.__file__).name)
 
 
-def _train_or_sample(run, parser, parts, own_flags, train_and_evaluate, sample):
+def run_command(step, argv):
+    """Choose the options and the folder, then train, draw, or start several runs."""
+    specs = read_options(step.train) | (read_options(step.NETWORK) if hasattr(step, "NETWORK") else {})
+    parser, own_defaults = make_parser(step, specs)
+    args = parser.parse_args(argv)
+    refuse_contradictions(parser, args, step)
+    options, preset = choose_options(parser, args, specs, step.VARIANTS)
+    if args.list_variants:
+        for name, (question, changes) in step.VARIANTS.items():
+            shown = ", ".join(f"{key}={value}" for key, value in changes.items())
+            machine.say(f"{name:20}{question} ({shown})")
+        return
+    words = [each.replace(f"{ROOT}{os.sep}", "") for each in argv if each not in ("--resume", "--restart")]
+    args.command = " ".join([parser.prog, *words])  # the same for a run that was interrupted
+    name = step.CONDITIONAL_STEP if getattr(args, "conditional", False) else step.STEP
+    parts = differences(args, options, preset, own_defaults)
+    if args.ablation or args.seeds:
+        return ablation.run_all(step, args.out_dir or folder_of_several(name, args, parts), args, argv)
+    run = Run(name, args, options, args.out_dir or default_folder(name, args.variant, parts))
+    try:
+        if args.sample_only:
+            # The seed, the number of images and the step's own flags choose what is drawn, not the network.
+            other = ("seed", "count", "sample_only", *own_defaults)
+            trained = [part for part in parts if part.partition("=")[0] not in other]
+            draw(step, run, args.model or default_folder(name, args.variant, trained) / "model.pt")
+        else:
+            epochs = options["num_epochs"], preset["num_epochs"]
+            run.claim_folder([] if args.out_dir else shorter_runs(name, args.variant, parts, *epochs))
+            train(step, run)
+    finally:
+        run.close()
+
+
+def draw(step, run, path):
+    """Draw the figures of the network in model.pt."""
+    machine.say(f"results go to {run.folder}")
+    _, test_set = load_data(run.args.data_dir, run.args.dataset, run.device, run.args.held_out)
+    step.sample(run, path, test_set)
+    run.require_written()
+
+
+def train(step, run):
+    """Say what is to come, then train and evaluate."""
     args = run.args
     machine.say(f"results go to {run.folder}")
     train_set, test_set = load_data(args.data_dir, args.dataset, run.device, args.held_out)
-    if args.sample_only:
-        if not sample:
-            parser.error("--sample-only: there is nothing to draw")
-        # The seed, the number of images and the step's own flags choose what is drawn, not the network.
-        other = ("seed", "count", "sample_only", *own_flags)
-        trained = [part for part in parts if part.partition("=")[0] not in other]
-        default = default_folder(run.step, args.variant, trained) / "model.pt"
-        return sample(run, args.model or default, test_set)
-    machine.say(_plan(run))
-    try:
-        train_and_evaluate(run, run.limit(*train_set), test_set)
-    except ValueError as error:
-        if run.is_tracking:
-            raise
-        # A constructor refused a hyperparameter.
-        raise UserError(f"{error} (--help lists the flags)") from None
-
-
-def _plan(run):
-    """Return a line about the training to come: its length, its hardware, and how long the reported run took."""
-    args = run.args
-    length = f"{args.minutes:g} minutes" if args.minutes else f"{run.options['num_epochs']} epochs"
+    length = f"{args.minutes:g} min" if args.minutes else f"{run.options['num_epochs']} epochs"
     line = f"training for {length} on {machine.hardware(run.device)}"
     reported = default_folder(run.step, args.variant, []) / "metrics.json"
     if reported.exists() and not args.dry_run:
-        took = json.loads(reported.read_text())["wall_time"]
-        line += f"; the reported run took {took['value'] / 60:.0f} minutes on {took['hardware']}"
-    return line
-
-
-def _folder_of_several(step, args, parts):
-    """Return the folder of --ablation or --seeds. Variants that are asked for one by one share a folder."""
-    parts = [part for part in parts if part != "held_out"] if args.ablation else parts
-    if args.seeds:
-        parts = [*parts, f"seeds={args.seeds}"]
-    if args.ablation:
-        return default_folder(step, None, ["ablation", *parts] if parts or args.variant else [])
-    return default_folder(step, args.variant, parts)
-
-
-def _command(script, argv):
-    """Return the command line as text, the same for a run that was interrupted.
-
-    Paths inside the repository begin at its root.
-    """
-    words = [each.replace(f"{ROOT}{os.sep}", "") for each in argv if each not in ("--resume", "--restart")]
-    return " ".join([Path(script).name, *words])
-
-
-def _flags_of_each_run(argv):
-    """Return the command line without the flags that `ablation.run_all` sets for each run."""
-    parser = ArgumentParser(add_help=False)
-    for flag in ("--ablation", "--resume", "--restart"):
-        parser.add_argument(flag, action="store_true")
-    for flag in ("--seeds", "--seed", "--out-dir", "--variant"):
-        parser.add_argument(flag)
-    return parser.parse_known_args(argv)[1]
+        took = files.read_json(reported)["wall_time"]
+        line += f"; the reported run took {took['value'] / 60:.0f} min on {took['hardware']}"
+    machine.say(line)
+    if args.count:
+        machine.say(f"--count {args.count} changes the number of images in samples.png, not the training")
+    metrics.say_what_is_left_out(args.dataset)
+    step.train_and_evaluate(run, run.limit(*train_set), test_set)
+    run.require_written()
+    if args.dry_run:
+        machine.say("this was a dry run: its numbers mean nothing")
 
 
 def exit_code(work, name):
     """Call `work()` and return the exit code of the process.
 
-    It is 0, 2 after a mistake of the user, 130 after Ctrl-C and 143 after SIGTERM.
+    It is 0, or 2 where a flag, a file or the machine is at fault, or 128 + the number of a signal. Other exceptions
+    are mistakes in code and keep their traceback.
     """
+    machine.open_streams()
     machine.keep_freed_memory()
     try:
         work()
-    except UserError as error:
-        return _complain(name, str(error), 2)
-    except KeyboardInterrupt as stop:
-        code = 143 if isinstance(stop, Terminated) else 130
-        return _complain(name, "interrupted; --resume goes on from the checkpoint, if one was written", code)
-    except (RuntimeError, MemoryError) as error:
-        if not lacks_memory(error):
-            raise
-        return _complain(name, "there is too little memory: lower --batch-size", 2)
+        return 0
     except SystemExit as end:  # of argparse
         return end.code or 0
-    return 0
-
-
-def _complain(name, message, code):
+    except UserError as error:
+        message, code = str(error), 2
+    except KeyboardInterrupt as stop:
+        message, code = str(stop) or "interrupted", 128 + getattr(stop, "number", 2)
+    except (RuntimeError, MemoryError) as error:
+        if not files.lacks_memory(error):
+            raise
+        message, code = "there is too little memory: lower --batch-size or, with --sample-only, --count", 2
     machine.say(f"{name}: {' '.join(message.split())}", file=sys.stderr)
     return code

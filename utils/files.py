@@ -7,9 +7,8 @@ import io
 import json
 import math
 import os
-import pickle
+import sys
 import zipfile
-import zlib
 from pathlib import Path
 
 import torch
@@ -21,13 +20,12 @@ except ImportError:
     import msvcrt
 
 ROOT = Path(__file__).resolve().parent.parent
-# The exceptions of zipfile, pickle and torch for a damaged file.
-DAMAGED = (zipfile.BadZipFile, pickle.UnpicklingError, zlib.error, ArithmeticError, AttributeError, EOFError,
-           LookupError, MemoryError, RuntimeError, TypeError, ValueError)  # fmt: skip
+# Last parts of the names of buffers. A file and a network need not have the same ones.
+BUFFERS = ("mask", "running_mean", "running_var", "num_batches_tracked")
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. It is printed in one line, and the exit code is 2."""
+    """A flag, a file or the machine is at fault. It is printed in one line, and the exit code is 2."""
 
 
 @contextlib.contextmanager
@@ -51,13 +49,26 @@ def write_atomically(path, content):
     try:
         with _writing(path):
             with open(temporary, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+                _write_through(file, content)
             os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):  # renamed, or never made
             temporary.unlink()
+
+
+def append(path, length, text):
+    """Write text behind the first `length` bytes of a file and cut what follows; return the new length in bytes."""
+    with _writing(path), open(path, "r+b" if length else "wb") as file:
+        file.truncate(length)
+        file.seek(length)
+        _write_through(file, text.encode())
+        return file.tell()
+
+
+def _write_through(file, content):
+    file.write(content)
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def write_json(path, content):
@@ -65,27 +76,46 @@ def write_json(path, content):
     write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def write_csv(path, table):
-    """Write a dict of columns. None leaves a cell empty; floats have six significant digits."""
+def read_json(path, hint="train anew"):
+    """Read a JSON object as a dict; raise UserError, which ends in the hint, if there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {**content}
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): {hint}") from None
+
+
+def cell(value):
+    """Write a value as the cell of a CSV file. None leaves it empty; floats have six significant digits."""
+    return f"{value:.6g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def read_cell(text):
+    """Read a cell: a number as a float, an empty cell as None."""
+    try:
+        return float(text) if text else None
+    except ValueError:
+        return text
+
+
+def csv_text(rows, with_header=True):
+    """Write dicts as lines of CSV."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(table)
-    for row in zip(*table.values()):
-        writer.writerow(f"{value:.6g}" if isinstance(value, float) else value for value in row)
-    write_atomically(path, text.getvalue().encode())
+    if with_header:
+        writer.writerow(rows[0])
+    writer.writerows(map(cell, row.values()) for row in rows)
+    return text.getvalue()
+
+
+def read_rows(lines):
+    """Read lines of CSV as dicts."""
+    return [{key: read_cell(text) for key, text in row.items()} for row in csv.DictReader(lines)]
 
 
 def read_csv(path):
-    """Read the rows of a file of `write_csv` as dicts. Numbers become floats, empty cells None."""
-
-    def value(text):
-        try:
-            return float(text) if text else None
-        except ValueError:
-            return text
-
-    with open(path, newline="") as file:
-        return [{key: value(text) for key, text in row.items()} for row in csv.DictReader(file)]
+    """Read a CSV file as dicts."""
+    return read_rows(path.read_text().splitlines())
 
 
 def metric(value, unit, formula, **more):
@@ -126,62 +156,86 @@ def save_tensors(path, content):
     write_atomically(path, buffer.getvalue())
 
 
-@contextlib.contextmanager
-def _loading(path, kind):
-    """Turn what a missing, unreadable or damaged file raises into a UserError."""
+def load_tensors(path, steps, kind):
+    """Load a file of `save_tensors`. Only tensors and plain values are read, so no code can run.
+
+    Files of other steps than `steps` are refused, unless it is None. Messages name the `kind`, "model" or "checkpoint".
+    """
     try:
-        yield
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load does not compare the check sums
+        content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no {kind} at {path}: train first") from None
     except OSError as error:
         raise UserError(f"the {kind} {path} cannot be read: {error.strerror or error}") from None
-    except DAMAGED as error:
+    except Exception as error:  # a damaged file raises whatever it leads zipfile, pickle and torch to
         if lacks_memory(error):
-            raise UserError(f"there is too little memory to load {path}") from None
-        raise UserError(f"{path} is damaged or not a {kind}: train anew") from None
-
-
-def load_tensors(path, steps, kind):
-    """Load a file of `save_tensors`. Only tensors and plain values are read, so no code can run.
-
-    Files of other steps than `steps` are refused. Messages name the `kind`, "model" or "checkpoint".
-    """
-    with _loading(path, kind):
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():  # torch.load does not compare the check sums
-                raise zipfile.BadZipFile
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    found = content.get("step") if isinstance(content, dict) else None
-    if found not in steps:
-        wanted, found = " or ".join(steps), found or "something else"
-        raise UserError(f"{path} is not a {kind} of {wanted} but of {found}: name another file")
+            raise
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged or not a {kind}: train anew")
+    found = content.get("step", "something else")
+    if steps and found not in steps:
+        raise UserError(f"{path} is not a {kind} of {' or '.join(steps)} but of {found}: name another file")
     return content
 
 
-def save_model(path, step, network, arguments):
-    """Write model.pt: the weights, and the arguments that rebuild the network."""
+def save_model(path, step, network, arguments, options):
+    """Write model.pt: the weights, the arguments that rebuild the network, and the options of its training."""
     weights = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
-    save_tensors(path, {"step": step, "network": arguments, "weights": weights})
+    save_tensors(path, {"step": step, "network": arguments, "options": options, "weights": weights})
 
 
 def load_network(path, steps, build, device="cpu"):
     """Rebuild the network of a model.pt with `build(**arguments)`; return it on `device`, in eval mode."""
     content = load_tensors(path, steps, "model")
+    if not {"network", "weights"} <= content.keys():
+        raise UserError(f"{path} lacks its network or its weights: train anew or name another --model")
     # The initial weights are drawn, then replaced. The global random state stays as it is.
-    with _loading(path, "model of this network"), torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):
         network = build(**content["network"])
-        network.load_state_dict(content["weights"])
-    if not all_finite(network.state_dict()):
-        raise UserError(f"{path} holds weights that are not finite: train anew")
+    load_state(network, content["weights"], path, "train anew or name another --model")
+    return network.to(device).eval()
+
+
+def load_state(module, state, path, hint):
+    """Load the state of a network, an optimiser or a schedule; raise UserError with the hint if it does not fit.
+
+    Buffers may differ: a mask follows from the arguments of its layer, and one file has it, another one not.
+    """
+    if not all_finite(state):
+        raise UserError(f"{path} holds numbers that are not finite: {hint}")
+    missing = unexpected = ()
     try:
-        return network.to(device).eval()
-    except (RuntimeError, AssertionError) as error:  # no such device, or too little memory on it
-        raise UserError(f"the network cannot be moved to {device}: {str(error).splitlines()[0]}") from None
+        if isinstance(module, torch.nn.Module):
+            missing, unexpected = module.load_state_dict(state, strict=False)
+        else:
+            module.load_state_dict(state)
+    except (RuntimeError, ValueError, KeyError) as error:
+        if lacks_memory(error):
+            raise
+        raise UserError(f"{path} does not fit ({str(error).splitlines()[-1].strip()}): {hint}") from None
+    others = [
+        [name for name in names if name.rpartition(".")[2] not in BUFFERS] for names in (missing, unexpected)
+    ]
+    if any(others):
+        where = sys.modules[type(module).__module__].__file__
+        names = "missing {}, unexpected {}".format(*(each[0] if each else "nothing" for each in others))
+        raise UserError(f"{path} does not fit the network in {where} ({names}): {hint}")
+
+
+def options_of(path):
+    """Return the options with which the network of a model.pt was trained, or {} if neither it nor config.json says."""
+    content, config = load_tensors(path, None, "model"), path.with_name("config.json")
+    if "options" in content or not config.exists():
+        return content.get("options", {})
+    return read_json(config).get("hyperparameters", {})
 
 
 def lacks_memory(error):
     """Tell whether an exception means that a tensor did not fit into memory."""
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error))
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def all_finite(value):

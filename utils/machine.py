@@ -4,7 +4,10 @@ import contextlib
 import ctypes
 import os
 import platform
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import matplotlib
@@ -13,6 +16,8 @@ import torch
 import torchvision
 
 from utils.files import UserError
+
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # that ask for an end; Windows lacks some
 
 
 def find_device(name):
@@ -103,6 +108,62 @@ def versions():
     """Return the versions of Python and the packages that results depend on."""
     packages = {each.__name__: each.__version__ for each in (torch, torchvision, matplotlib, numpy)}
     return {"python": platform.python_version(), **packages}
+
+
+class Clock:
+    """Seconds that pass while it runs, and those `before`."""
+
+    def __init__(self):
+        self.before, self._started = 0.0, None
+
+    @property
+    def seconds(self):
+        return self.before + (0 if self._started is None else time.perf_counter() - self._started)
+
+    def start(self):
+        self._started = time.perf_counter()
+
+    def stop(self):
+        self.before, self._started = self.seconds, None
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal of this number ended the work."""
+
+    def __init__(self, number, message):
+        super().__init__(f"stopped by {signal.Signals(number).name}; {message}")
+        self.number = number
+
+
+def catch_signals(handler):
+    """Let `handler` answer the signals that ask for an end; return the earlier handlers for `restore_signals`.
+
+    A signal that is ignored stays so: nohup ignores SIGHUP. Python leaves signals to the main thread.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+    caught = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in caught}
+
+
+def restore_signals(handlers):
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def raise_stopped(number, _):
+    raise Stopped(number, "the same command goes on")
+
+
+def open_streams():
+    """Open standard streams that are closed, as those of a service, so that no other file takes their numbers."""
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(number)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
 
 
 def say(*words, file=None):

@@ -1,18 +1,21 @@
-"""One training shared by several processes, as `torchrun` starts them. A single process is left as it is.
+"""One training shared by the processes of `torchrun`, in the manner of nanoGPT. A single process is left as it is.
 
-All processes draw the same random batch and each computes a slice of it. Results match a single-process run
-up to floating-point rounding, except that each process draws dropout for its own slice.
+Each process trains on its part of every batch, with noise of its own, and `wrap` averages the gradients. Parts that
+differ by an image count the same.
 """
 
 import os
 import sys
 import warnings
+from datetime import timedelta
 
 import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.files import UserError
+
+WAITING = timedelta(hours=12)  # for the first process, which evaluates and draws alone
 
 
 def launched():
@@ -21,19 +24,79 @@ def launched():
 
 
 def join(device):
-    """Meet the other processes; return this process's device. From here on only the first process prints."""
+    """Meet the other processes of torchrun; return this process's device. From here on the first one alone prints."""
+    if not launched():
+        return device
     if not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys():
         raise UserError("TORCHELASTIC_RUN_ID needs RANK, LOCAL_RANK, WORLD_SIZE: unset it or use torchrun")
     if device.type == "cuda":  # each process has a GPU of its own
-        rank, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if rank >= count:
+        number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if number >= count:
             raise UserError(f"there are GPUs for {count} processes: start no more, or take --device cpu")
-        device = torch.device("cuda", rank)
+        device = torch.device("cuda", number)
         torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=WAITING)
     if not is_first():
         sys.stdout = open(os.devnull, "w")
     return device
+
+
+def rank():
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def is_first():
+    """Tell whether this process has rank 0, or is the only one."""
+    return rank() == 0
+
+
+def num_processes():
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def first_process(function):
+    """Decorate a function that the first process calls alone, while the others wait."""
+
+    def called(*arguments):
+        if is_first():
+            function(*arguments)
+        if distributed.is_initialized():
+            distributed.barrier()
+
+    return called
+
+
+def own_part(batch):
+    """Return this process's part of a batch: every n-th item of n processes."""
+    return batch[rank() :: num_processes()]
+
+
+def wrap(network):
+    """Return the network with gradients averaged over the processes, which begin with the weights of the first."""
+    if not distributed.is_initialized():
+        return network
+    # The strides of a 1 x 1 kernel have no meaning, but torch compares them.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    warnings.filterwarnings(
+        "ignore", "`broadcast_buffers` is deprecated"
+    )  # older versions have no other argument
+    return DistributedDataParallel(network, broadcast_buffers=False)
+
+
+def mean(values):
+    """Average a tensor over the processes."""
+    if distributed.is_initialized():
+        distributed.all_reduce(values)
+    return values / num_processes()
+
+
+def largest(number, device):
+    """Return the largest of the processes' numbers."""
+    if not distributed.is_initialized():
+        return number
+    numbers = torch.tensor(number, device=device)
+    distributed.all_reduce(numbers, distributed.ReduceOp.MAX)
+    return numbers.item()
 
 
 def leave():
@@ -42,41 +105,3 @@ def leave():
     if distributed.is_initialized():
         distributed.destroy_process_group()
     return first
-
-
-def is_first():
-    """Tell whether this process has rank 0, or is the only one."""
-    return not distributed.is_initialized() or distributed.get_rank() == 0
-
-
-def num_processes():
-    """Return the number of processes that train together."""
-    return distributed.get_world_size() if distributed.is_initialized() else 1
-
-
-def wrap(network):
-    """Return the network with gradients averaged over the processes."""
-    if not distributed.is_initialized():
-        return network
-    # The strides of a 1 x 1 kernel have no meaning, but torch compares them.
-    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # newer versions of torch have another argument for it
-        return DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
-
-
-def shard(*batches):
-    """Return this process's slice of each batch: every n-th item of n processes, perhaps none."""
-    first = distributed.get_rank() if distributed.is_initialized() else 0
-    return tuple(batch[first :: num_processes()] for batch in batches)
-
-
-def total(values, device="cpu"):
-    """Sum a list of numbers over the processes, element by element."""
-    if not distributed.is_initialized():
-        return values
-    # Kept until the next sum. If the summing thread were the last holder, it would need Python's lock to free
-    # it. `destroy_process_group` of torch 2.6 holds that lock while it waits for the thread: a deadlock.
-    total.kept = summed = torch.tensor(values, dtype=torch.float64, device=device)
-    distributed.all_reduce(summed)
-    return summed.tolist()

@@ -1,0 +1,138 @@
+"""Options: the flags that a signature makes, and the values that they take and refuse."""
+
+import re
+import sys
+from typing import Annotated, List, Literal, Optional, Tuple, Union
+
+import pytest
+import torch
+
+import hw2_step1_main as step1
+import hw2_step2_main as step2
+import hw2_step3_main as step3
+from tests.conftest import ROOT, assert_refused
+from utils import cli
+from utils.options import ArgumentParser, Fraction, read_options
+
+# Annotation, default, words of the command line, the value that they give, and values that are refused.
+TYPES = [
+    (int, 3, "5", 5, (0, -1, 2.5, True, "5", None, [5])),
+    (float, 0.1, "1e-3", 1e-3, (-0.1, float("nan"), float("inf"), "1", None)),
+    (str, "a", "b", "b", (1, None)),
+    (Annotated[int, (0, 9), "help"], 2, "0", 0, (-1, 10)),
+    (Annotated[float, (0.5, 2)], 1.0, "2", 2.0, (0.4, 2.1)),
+    (Annotated[int, range(1, 56, 2), "odd"], 27, "55", 55, (2, 57, 0)),
+    (Annotated[Fraction, "help"], 0.0, "1", 1.0, (-0.1, 1.1)),
+    (Optional[int], 4, "none", None, (0, "none")),
+    (Annotated[Optional[float], "help"], None, "0.5", 0.5, (-1,)),
+    (Union[None, Annotated[int, (2, 3)]], 2, "3", 3, (4,)),
+    (float, None, "0.5", 0.5, (-1,)),  # a default that was edited to None
+    (Literal["a", "b"], "a", "b", "b", ("c", None, 1)),
+    (Optional[Literal["a", "b"]], "a", "none", None, ("c",)),
+    (Literal[2, 4], 2, "4", 4, (3, "4")),
+    (Tuple[int, ...], (8, 4), "5 6 7", (5, 6, 7), ((), (0,), 5, ("a",), None)),
+    (tuple[float, ...], (0.5,), "1", (1.0,), ((), (-1,))),
+    (tuple, (8, 4), "5", (5,), ((), (0,))),
+    (List[int], [8], "5 6", [5, 6], ([], [0])),
+    (list[int], [8], "5 6", [5, 6], ([], [0])),
+    (Optional[tuple[int, ...]], None, "5", (5,), ((),)),
+]
+
+
+def options_of(hint, default):
+    def train(run, count: int = 3, *, num_layers=default):
+        pass
+
+    train.__annotations__["num_layers"] = hint
+    return read_options(train)
+
+
+@pytest.mark.parametrize("hint, default, words, value, bad", TYPES, ids=lambda value: str(value)[:30])
+def test_a_type_makes_a_flag(hint, default, words, value, bad):
+    specs = options_of(hint, default)
+    assert [*specs] == ["num_layers"], "the others are no options"
+    parser, option = ArgumentParser(), specs["num_layers"]
+    option.add_to(parser.add_argument_group())
+    assert "num_layers" not in parser.parse_args([]), "so that a variant can set it"
+    for flags, expected in (([], default), (["--num-layers", *words.split()], value)):
+        args = parser.parse_args(flags)
+        args.variant, args.ablation, args.dry_run = None, False, False
+        options, _ = cli.choose_options(parser, args, specs, {})
+        assert options == {"num_layers": expected} and type(options["num_layers"]) is type(expected)
+    for wrong in bad:
+        with pytest.raises(ValueError, match="num_layers takes"):
+            option.check(wrong)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 10), reason="such a union is Python 3.10's")
+def test_a_union_with_a_bar():
+    option = options_of(eval("float | None"), 0.1)["num_layers"]
+    assert option.optional and option.parse("none") is None and option.parse("2") == 2.0
+
+
+def test_a_boolean_makes_two_flags():
+    parser = ArgumentParser()
+    options_of(bool, True)["num_layers"].add_to(parser.add_argument_group())
+    found = [vars(parser.parse_args(flags)) for flags in ([], ["--num-layers"], ["--no-num-layers"])]
+    assert found == [{}, {"num_layers": True}, {"num_layers": False}]
+
+
+@pytest.mark.parametrize("hint", [dict, torch.Tensor, Union[int, str], tuple[int, str], list[bool], object])
+def test_any_other_type_is_a_type_error_that_names_the_argument(hint):
+    with pytest.raises(TypeError, match="'num_layers'"):
+        options_of(hint, None)
+
+
+def test_mistakes_in_a_signature_are_named(edit, call_step):
+    """With a traceback, since the code is at fault. --help works with every kind of type."""
+    line = '    num_epochs: Annotated[int, "passes over the training images"] = 120,\n'
+    with pytest.raises(TypeError, match="'seed'.*--seed"):
+        edit(step3.__file__, (line, line + "    seed: int = 3,\n")).main(["--help"])
+    with pytest.raises(TypeError, match="'mine'"):
+        edit(step3.__file__, (line, line + "    mine: dict = None,\n")).main(["--dry-run"])
+    module = edit(step3.__file__, (line, line + "    mine: Annotated[list[int], 'my own'] = None,\n"))
+    assert "my own (None)" in call_step(module, "--help").stdout
+
+
+def test_help_has_every_flag(call_step):
+    for module in (step1, step2, step3):
+        done = call_step(module, "--help")
+        named = {*re.findall(r"--[a-z]+(?:-[a-z]+)*", done.stdout)}
+        function = {**read_options(module.train), **read_options(getattr(module, "NETWORK", module.train))}
+        assert done.returncode == 0 and {each.flag for each in function.values()} <= named
+        assert {"--epochs", "--minutes", "--resume", "--restart", "--sample-only", "--held-out"} <= named
+        assert done.stdout.isascii(), "not every terminal has other letters"
+    assert "falling to zero along a cosine (0.003)" in " ".join(done.stdout.split())
+
+
+BAD_USAGE = {
+    step1: "--epochs 0 | --d-freq 0 | --seed -1 | --seeds 0 | --device tpu | --dropout 1.5 | --g-channels"
+    "| --g-channels 64 x | --loss x | --count 0 | --count 5001 | --dataset CIFAR10 | --out-dir= | --minutes 0",
+    step2: "--digit 10 | --binarize maybe | --kernel-size 4 | --first-kernel-size 57 | --muon-rate never"
+    "| --num-blocks -1 | --no-positional=1 | --complete -1",
+    step3: "--bound-samples 0 | --kl-coeff nan | --hidden-dims 64 0 | --learning-rate inf | --kl-warm-up 1.1",
+}
+
+
+@pytest.mark.parametrize("module", BAD_USAGE)
+def test_bad_usage_is_one_line_and_nothing_is_begun(module, call_step, tmp_path):
+    out = ["--dry-run", "--out-dir", tmp_path / "out"]
+    for words in BAD_USAGE[module].split("|"):
+        done = call_step(module, *out, *words.split())
+        assert_refused(done, words.split()[0].partition("=")[0])
+        assert not done.stdout
+    for flags, expected in (
+        (["--minutes", 1, "--epochs", 2], "not allowed with"),
+        (["--resume", "--restart"], "not allowed with"),
+        (["--ablation", "--sample-only"], "--sample-only"),
+        (["--seeds", 2, "--sample-only"], "--sample-only"),
+        (["--model", "model.pt"], "--sample-only"),
+        (["--sample-only", "--batch-size", 4711], "no model"),  # so that no earlier dry run has one
+        (["--sample-only", "--model", tmp_path / "none.pt"], "none.pt"),
+        (["--batchsize", 3], "--batch-size"),
+        (["--learning-rates=3"], "--learning-rate" if module is not step1 else "-learning-rate"),
+    ):
+        assert_refused(call_step(module, *out, *flags), expected)
+    assert not (tmp_path / "out").exists()
+    assert_refused(call_step(module, *out, "--resume"), "no checkpoint")
+    assert_refused(call_step(module, *out, "--data-dir", ROOT / "README.md"), "--data-dir")

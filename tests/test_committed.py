@@ -13,9 +13,7 @@ from tests.conftest import ROOT
 from utils import metrics, pixelcnn_results
 from utils.data import binarize, load_data
 
-TOLERANCE = (
-    4.5  # standard errors; with a dozen models a larger difference by chance is rarer than 1 in 10,000
-)
+TOLERANCE = 4.5  # standard errors; for a dozen models, chance exceeds it once in 10,000 times
 NUM_IMAGES = 200
 
 

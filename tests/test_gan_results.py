@@ -1,17 +1,16 @@
 """Step 1: its warnings, figures and means against what is known, and the optimal discriminator."""
 
-import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-import hw2_step1_main as step1
-from tests import children
+from models.GAN import Generator
 from tests.conftest import ROOT
-from utils import files, gan_results, metrics, theory
-from utils.data import load_data, to_symmetric
+from utils import gan_results, metrics
+from utils.data import load_data
 
 
 class Shows(nn.Module):
@@ -21,7 +20,7 @@ class Shows(nn.Module):
         super().__init__()
         self.images = images
 
-    def sample(self, num_samples):
+    def sample(self, num_samples, generator):
         return self.images[:num_samples]
 
 
@@ -29,6 +28,15 @@ class Shows(nn.Module):
 def digits():
     _, (images, labels) = load_data(ROOT / "data")
     return images[:4000].float() / 255, labels[:4000]
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Record the arguments after the path of all that is drawn, in a list."""
+    calls = []
+    for name in ("save_images", "save_curves", "save_ablation"):
+        monkeypatch.setattr(gan_results.plotting, name, lambda _, *args: calls.append(args))
+    return calls
 
 
 def test_warnings_come_when_they_should(digits):
@@ -43,79 +51,78 @@ def test_warnings_come_when_they_should(digits):
     (collapsed,) = gan_results.find_trouble(threes, d_real=0.6, d_fake=0.4)
     assert "collapsed generator" in collapsed and collapsed.endswith("are a 3")
     assert len(gan_results.find_trouble(threes, d_real=1.0, d_fake=0.0)) == 2
+    # Nobody is warned of the digit that a classifier sees in fog.
+    fog = Shows(torch.rand(200, 1, 28, 28) * 0.2 + 0.4)
+    assert gan_results.find_trouble(fog, d_real=0.6, d_fake=0.4) == []
 
 
-def test_nobody_is_warned_of_the_digit_that_a_classifier_sees_in_fog():
-    assert (
-        gan_results.find_trouble(Shows(torch.rand(200, 1, 28, 28) * 0.2 + 0.4), d_real=0.6, d_fake=0.4) == []
-    )
+def test_a_relativistic_discriminator_has_names_of_its_own(monkeypatch, tmp_path):
+    finished = {}
+    monkeypatch.setattr(metrics, "judge_sampler", lambda *_: (None, {}))
+    epochs = dict(d_loss=[1.3], g_loss=[None], d_real=[0.6], d_fake=[0.4])
+    run = SimpleNamespace(tables=dict(epochs=epochs), finish=lambda _, **more: finished.update(more))
+    for loss, real, fake in (("saturating", "D(x)", "D(G(z))"), ("relativistic", "D(x, G(z))", "D(G(z), x)")):
+        run.options = dict(loss=loss)
+        gan_results.write_metrics(run, None, [None] * 7)
+        assert list(gan_results.labels(loss).values()) == ["D loss", "G loss", real, fake]
+        assert finished["d_loss"]["formula"] == f"-log {real} - log(1 - {fake})"
+        assert finished["d_real"]["formula"] == real and finished["d_fake"]["optimum"] == 0.5
+        assert "g_loss" not in finished, "the generator had no update"
 
 
-def test_a_run_warns_and_its_files_make_the_figure_of_an_ablation(
-    call_step, bare_steps, monkeypatch, tmp_path
-):
-    monkeypatch.setattr(gan_results, "find_trouble", lambda _, *means: [f"trouble with {len(means)}"])
-    judged = None, {"frechet_distance": files.metric(1.0, "", "")}
-    monkeypatch.setattr(metrics, "judge_sampler", lambda *_: judged)
-    flags = ["--dry-run", *children.FLAGS["gan"], "--batch-size", 16, "--variant", "relativistic"]
-    flags += ["--d-freq", 2]
-    done = call_step(step1, *flags, "--out-dir", tmp_path)
-    assert done.returncode == 0, done.stderr
-    line = next(line for line in done.stdout.splitlines() if line.startswith("epoch 2/2"))
-    assert "trouble with 3" in line and all(label in line for label in gan_results.LABELS.values())
-    results = json.loads((tmp_path / "metrics.json").read_text())
-    assert {"d_loss", "g_loss", "d_real", "d_fake"} <= results.keys()
-    assert results["g_loss"]["formula"] == "-log D(G(z), x)"
-    assert results["d_loss"]["formula"] == "-log D(x, G(z)) - log(1 - D(G(z), x))"
-    (tmp_path / "ablation.csv").write_text("variant,seeds\ndefault,1\n")
-    folders = {"default": tmp_path, "again": tmp_path}
-    gan_results.draw_ablation(tmp_path / "ablation.png", folders, step1.load_model)
-    assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
+def test_an_ablation_names_the_variants_that_it_does_not_draw(drawn):
+    distances = dict(default=40.0, better=30.0, collapsed=400.0, unknown=None)
+    table = [dict(variant=name, frechet_distance_mean=value) for name, value in distances.items()]
+    gan_results.draw_ablation_metrics("ablation_metrics.png", table)
+    rows, _, _, note = drawn[0]
+    assert [row["variant"] for row in rows] == ["default", "better", "unknown"]
+    assert note.endswith(": collapsed")
 
 
-def test_losses_are_drawn_over_epochs_with_their_optima(monkeypatch):
-    drawn = []
-    monkeypatch.setattr(gan_results.plotting, "save_curves", lambda *args, **more: drawn.append((args, more)))
-    history = dict(iteration=[1, 2, 3], epoch=[1, 1, 2], d_loss=[1, 2, 3], g_loss=[4, None, 5])
-    history |= dict(d_real=[0.6] * 3, d_fake=[0.4] * 3)
-    gan_results.draw_losses("loss.png", history, dict(loss="saturating"))
-    (_, x, ((_, losses, optima), (_, outputs, _))), more = drawn[0]
-    assert x == [0.5, 1, 1.5] and more["smooth"] == 2
+def test_the_handouts_generator_is_sampled_as_ours():
+    ours = Generator(5, (8, 8)).eval()
+    textbook = nn.Sequential(*ours.layers)
+    sample, noise = gan_results.sample_images, torch.Generator()
+    samples = [sample(each, 30, noise.manual_seed(3)) for each in (ours, textbook)]
+    assert samples[0].shape == (30, 1, 28, 28) and torch.equal(*samples)
+    assert torch.equal(sample(textbook, 4), sample(textbook, 4))
+
+
+@pytest.mark.parametrize("last", [0, 1, 2, 5, 50])
+def test_short_trainings_have_samples_by_epoch(last, drawn):
+    images = torch.zeros(gan_results.NUM_SNAPSHOT, 1, 28, 28, dtype=torch.uint8)
+    gan_results.draw_samples_by_epoch("samples_by_epoch.png", dict.fromkeys(range(last + 1), images))
+    names = drawn[0][2]
+    assert names[0] == "epoch 0" and names[-1] == f"epoch {last}" and len(names) <= gan_results.STRIP_ROWS
+
+
+def test_losses_are_drawn_over_epochs_or_in_a_short_training_over_batches(drawn):
+    history = dict(d_loss=[1, 2, 3, 4], g_loss=[4, None, 5, 6], d_real=[0.6] * 4, d_fake=[0.4] * 4)
+    history["iteration"] = [1, 2, 3, 4]
+    for epochs in ([1, 1, 2, 3], [1, 1, 2, 2]):
+        gan_results.draw_losses("loss.png", dict(history, epoch=epochs), dict(loss="saturating"))
+    (x, panels, xlabel, _), (batches, _, short_label, _) = drawn
+    assert (x, xlabel) == ([0.5, 1, 1.5, 2], "epoch") and (batches, short_label) == ([1, 2, 3, 4], "batch")
+    (_, losses, optima), (_, outputs, _) = panels
     assert list(losses.values()) == [history["d_loss"], history["g_loss"]] and len(outputs) == 2
     assert list(optima.values()) == pytest.approx([math.log(4), -math.log(2)])
 
 
-def test_neighbours_are_the_copies_of_a_generator_that_copies(digits, monkeypatch):
-    images = (digits[0][:300] * 255).to(torch.uint8)
-
-    class Copies:
-        def sample(self, num_samples, generator):
-            return (to_symmetric(images.flip(0)[:num_samples]) + 1) / 2
-
-    drawn = []
-    monkeypatch.setattr(gan_results.plotting, "save_images", lambda path, pairs, *_: drawn.append(pairs))
-    gan_results.draw_neighbours("neighbours.png", Copies(), images, seed=0)
-    rows = drawn[0].split(gan_results.COLUMNS)
+def test_neighbours_are_the_copies_of_a_generator_that_copies(digits, drawn):
+    images = digits[0][:300]
+    generator = Shows(images.flip(0))
+    gan_results.draw_neighbours("neighbours.png", generator, (images * 255).round().to(torch.uint8), seed=0)
+    rows = drawn[0][0].split(gan_results.COLUMNS)
     assert len(rows) == 6
     for samples, nearest in zip(rows[::2], rows[1::2]):
         assert torch.allclose(samples, nearest, atol=1e-6)
 
 
 def test_trained_discriminator_is_near_the_formula():
-    """Both agree to a few hundredths where there are draws."""
-    x = torch.linspace(-3, 3, 60)
-    for p_g in (theory.P_G, theory.P_DATA):
-        trained = theory.trained_discriminator(theory.P_DATA, p_g, x)
-        formula = theory.P_DATA.log_prob(x).exp() / (theory.P_DATA.log_prob(x).exp() + p_g.log_prob(x).exp())
-        assert torch.allclose(theory.optimal_discriminator(theory.P_DATA, p_g, x), formula, atol=1e-6)
-        assert (trained - formula).abs().max() < 0.04
-    assert (formula - 0.5).abs().max() < 1e-6
-
-
-def test_trained_discriminator_is_repeatable_and_leaves_the_global_state(monkeypatch):
-    monkeypatch.setattr(theory, "STEPS", 3)
+    """Both agree to a few hundredths where there are draws. The training leaves the global random state alone."""
     x, state = torch.linspace(-3, 3, 60), torch.get_rng_state()
-    first = theory.trained_discriminator(theory.P_DATA, theory.P_G, x)
+    for p_g in (gan_results.P_G, gan_results.P_DATA):
+        trained = gan_results.trained_discriminator(gan_results.P_DATA, p_g, x)
+        densities = [each.log_prob(x).exp() for each in (gan_results.P_DATA, p_g)]
+        assert (trained - densities[0] / sum(densities)).abs().max() < 0.04
     assert torch.equal(state, torch.get_rng_state())
-    torch.rand(1)
-    assert torch.equal(first, theory.trained_discriminator(theory.P_DATA, theory.P_G, x))

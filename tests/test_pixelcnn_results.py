@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from models.AR import ConditionalPixelCNN, PixelCNN
+from utils import files
 from utils import pixelcnn_results as results
 
 SMALL = dict(num_blocks=2, channels=5, head_channels=7, first_kernel_size=5)
@@ -24,13 +25,13 @@ def conditional_network():
 @pytest.mark.parametrize("training", [True, False])
 def test_the_evaluation_is_without_dropout_and_leaves_the_mode(training):
     network = PixelCNN(**SMALL, dropout=0.9).train(training)
-    images, labels = torch.randint(256, (3, 1, 28, 28)).to(torch.uint8), torch.arange(3)
+    images, labels = torch.randint(256, (3, 1, 28, 28), dtype=torch.uint8), torch.arange(3)
     nll = [results.evaluate(network, images, labels, "threshold") for _ in range(2)]
     assert nll[0] == nll[1] and network.training == training
 
 
 def test_stochastic_test_images_are_the_same_in_every_epoch():
-    images = torch.randint(256, (3, 1, 28, 28)).to(torch.uint8)
+    images = torch.randint(256, (3, 1, 28, 28), dtype=torch.uint8)
     first, state = results.binarize_test(images, "stochastic"), torch.get_rng_state()
     assert torch.equal(first, results.binarize_test(images, "stochastic"))
     assert set(first.unique().tolist()) == {0.0, 1.0} and torch.equal(state, torch.get_rng_state())
@@ -49,17 +50,19 @@ def test_a_conditional_network_as_a_classifier_and_as_a_mixture(monkeypatch):
     options = dict(precision="float32")
     run = SimpleNamespace(device=torch.device("cpu"), options=options, draw=draw)
     labels = torch.tensor([4, 2, 9])
-    metrics = results.label_metrics(run, None, torch.zeros(3, 1, 28, 28), labels, dict(test_images=3))
-    assert metrics["bayes_accuracy"]["value"] == pytest.approx(2 / 3)
-    expected = (50 + 60 + 70) / 3 + math.log(10)  # the other labels have next to no share
-    assert metrics["mixture_nll"]["value"] == pytest.approx(expected, rel=1e-5)
+    entries, nll = results.label_metrics(run, None, torch.zeros(3, 1, 28, 28), labels, {})
+    assert entries["bayes_accuracy"]["value"] == pytest.approx(2 / 3)
+    expected = torch.tensor([50.0, 60, 70]) + math.log(10)  # the other labels have next to no share
+    assert torch.allclose(nll, expected) and entries["mixture_nll"]["value"] == pytest.approx(
+        nll.mean().item()
+    )
     assert drawn == [("bayes.png", [4, 2, 9], [4, 2, 2])]
 
 
 def test_how_often_the_classifier_is_unsure_and_sees_the_digit_that_was_asked_for(monkeypatch):
     """Of two samples of each digit one 3 is taken for a 5. It is sure of the others but for the first fifth."""
 
-    def probabilities(images, dataset):
+    def probabilities(images, _):
         digits = torch.arange(len(images)) % 10
         digits[13:14] = 5
         largest = torch.where(torch.arange(len(images)) < len(images) / 5, 0.6, 0.95)
@@ -77,21 +80,29 @@ def test_how_often_the_classifier_is_unsure_and_sees_the_digit_that_was_asked_fo
 def test_receptive_field_is_a_mean_over_batches_of_any_size():
     network, x, labels = conditional_network(), torch.rand(5, 1, 28, 28), torch.arange(5)
     whole = results.receptive_field(network, x, labels, (14, 3))
-    assert torch.allclose(
-        results.receptive_field(network, x, labels, (14, 3), batch_size=2), whole, rtol=1e-4
-    )
+    in_batches = results.receptive_field(network, x, labels, (14, 3), batch_size=2)
+    assert torch.allclose(in_batches, whole, rtol=1e-4)
 
 
-def test_completions_have_the_digit_its_half_and_what_was_drawn(monkeypatch):
-    drawn, network = [], PixelCNN(**SMALL)
-    monkeypatch.setattr(results.plotting, "save_images", lambda path, images, *_, **__: drawn.append(images))
-    real, labels = (torch.rand(6, 1, 28, 28) > 0.5).float(), torch.tensor([3, 1, 3, 1, 0, 3])
+@pytest.fixture
+def drawn(monkeypatch):
+    """Record the arguments after the path of all that is drawn, in a list."""
+    calls = []
+    kinds = [(results.plotting, f"save_{name}") for name in ("images", "curves", "bars")]
+    for module, name in [*kinds, (results.figures, "save_gif")]:
+        monkeypatch.setattr(module, name, lambda _, *args, **__: calls.append(args))
+    return calls
+
+
+def test_completions_have_the_digit_its_half_and_what_was_drawn(drawn):
+    network = PixelCNN(**SMALL)
+    real, labels = (torch.rand(3, 1, 28, 28) > 0.5).float(), torch.tensor([0, 1, 3])
     results.draw_completions("completions.png", network, real, labels, torch.Generator().manual_seed(0))
-    rows = drawn[0].unflatten(0, (3, -1))
+    rows = drawn[0][0].unflatten(0, (3, -1))
     given = results.ROWS_GIVEN
-    for row, first in zip(rows, (4, 1, 0)):  # the first image of each label
-        assert torch.equal(row[0], real[first])
-        assert (row[1:, :, :given] == real[first][:, :given]).all() and (row[1, :, given:] == 0.5).all()
+    for row, original in zip(rows, real):
+        assert torch.equal(row[0], original)
+        assert (row[1:, :, :given] == original[:, :given]).all() and (row[1, :, given:] == 0.5).all()
     assert len(rows[0]) == results.COLUMNS + 2
 
 
@@ -104,23 +115,84 @@ def test_samples_to_judge_are_of_all_digits_in_turn(conditional, monkeypatch):
     assert asked[0].tolist() == [*range(10), 0, 1] if conditional else asked == [12]
 
 
-def test_nll_of_a_digit_that_no_image_shows(monkeypatch):
-    bars = []
-    monkeypatch.setattr(results.plotting, "save_bars", lambda path, names, heights, *_: bars.extend(heights))
+@pytest.mark.parametrize("conditional", [False, True])
+def test_a_network_without_our_extras_draws_the_images_that_ours_draws(conditional, capsys):
+    """The handout's networks have a forward pass alone."""
+    ours = conditional_network() if conditional else PixelCNN(**SMALL).eval()
+    base = ConditionalPixelCNN if conditional else PixelCNN
+
+    class Textbook(base):
+        sample = logits = property()  # hasattr says no
+
+        def __init__(self):
+            nn.Module.__init__(self)
+            self.network = ours
+
+        def forward(self, *inputs):
+            return self.network(*inputs)
+
+    labels, given = torch.tensor([3, 7]), torch.ones(2, 1, 20, 28)
+    sample, noise = results.sample_images, torch.Generator()
+    images = [sample(each, labels, noise.manual_seed(1), given) for each in (ours, Textbook())]
+    assert torch.equal(*images) and images[0].shape == (2, 1, 28, 28) and (images[0][:, :, :20] == 1).all()
+    assert results.num_judged(ours) == 10_000 and not capsys.readouterr().out
+    assert results.num_judged(Textbook()) == 200 and "200 samples" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags, rows, of_digit",
+    [
+        ({}, [digit for digit in range(10) for _ in range(10)], 100),
+        (dict(count=13), [*range(10), 0, 1, 2], 13),
+        (dict(count=3, complete=[4, 0]), [0, 1, 2], 3),
+    ],
+)
+def test_what_is_drawn_is_chosen_by_count_digit_and_complete(flags, rows, of_digit, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(results, "num_judged", lambda _: None)
+    # An image of a digit has its number in every pixel.
+    shown = lambda network, labels, *_: labels.float().view(-1, 1, 1, 1).expand(-1, 1, 28, 28)  # noqa: E731
+    monkeypatch.setattr(results, "sample_images", shown)
+    flags = dict(dict(count=None, complete=None, digit=None, seed=0, dataset="MNIST"), **flags)
+    args = SimpleNamespace(**flags)
+    draw = lambda name, _, *arguments, **__: drawn.update({name: arguments})  # noqa: E731
+    run = SimpleNamespace(args=args, options=dict(binarize="threshold"), draw=draw)
+    test_set = torch.zeros(5, 1, 28, 28, dtype=torch.uint8), torch.tensor([3, 1, 3, 1, 0])
+    results.draw_samples(run, conditional_network(), test_set)
+    assert drawn["samples.png"][0][:, 0, 0, 0].tolist() == rows
+    assert drawn["samples_digit.png"][0][:, 0, 0, 0].tolist() == [results.DIGIT] * of_digit
+    assert drawn["completions.png"][2].tolist() == ([0, 3] if args.complete else [0, 1, 3])
+    _, samples, names = drawn["drawing.gif"]
+    assert samples[:, 0, 0, 0].tolist() == names.tolist() == sorted(set(rows))
+    args.complete = [5]
+    with pytest.raises(files.UserError, match="below 5, not 5"):
+        results.draw_samples(run, None, test_set)
+
+
+def test_losses_of_a_short_training_are_drawn_over_its_batches(drawn):
+    batches = dict(iteration=[1, 5, 9], loss=[9.0, 8.0, 7.0])
+    for epochs in ([0, 0.4], [0, 1, 2, 3]):
+        history = dict(epoch=epochs, test_nll=[500, 90, 80, 70][: len(epochs)], train_nll=[None, 90, 80, 70])
+        results.draw_losses("loss.png", history, batches, "threshold")
+    (short, [(_, curves, end)], *_), (x, *_) = drawn
+    assert short == [1, 5, 9] and list(curves.values()) == [batches["loss"]] and list(end.values()) == [90]
+    assert x == [0, 1, 2, 3]
+
+
+def test_nll_of_a_digit_that_no_image_shows(drawn):
     nll = torch.tensor([1.0, 3.0, 5.0])[:, None, None, None].expand(3, 1, 28, 28)
     results.draw_nll_digits("nll_digits.png", nll, torch.tensor([2, 2, 9]), "threshold")
-    assert bars == [0, 0, 784 * 2, 0, 0, 0, 0, 0, 0, 784 * 5]
+    assert drawn[0][1] == [0, 0, 784 * 2, 0, 0, 0, 0, 0, 0, 784 * 5]
 
 
-def test_the_moving_picture_shows_pixels_in_raster_order_beside_their_predictions(monkeypatch):
-    drawn, network = [], conditional_network()
-    monkeypatch.setattr(results.figures, "save_gif", lambda path, frames, **_: drawn.append(frames))
+def test_the_moving_picture_shows_pixels_in_raster_order_beside_their_predictions(drawn):
+    network = conditional_network()
     samples = (torch.rand(10, 1, 28, 28) > 0.5).float()
-    results.draw_drawing("drawing.gif", network, samples)
-    predicted = network(samples, torch.eye(10)).sigmoid()  # sample number i shows the digit i
-    for frames, whole in zip(drawn[0].values(), (samples, predicted)):
-        counts = [784 - frame.isnan().sum().item() // 10 for frame in frames]
-        assert counts[0] == 0 and counts[-1] == 784 and counts == sorted(counts)
-        assert torch.allclose(frames[-1], whole)
-        known = ~frames[1][3].flatten().isnan()
-        assert known[: counts[1]].all() and not known[counts[1] :].any()
+    results.draw_drawing("drawing.gif", network, samples, torch.arange(10))
+    frames, columns, captions, _ = drawn[0]
+    assert columns == 10 and captions[-1] == "784 of 784 pixels" and len(frames) == len(captions)
+    assert torch.allclose(frames[-1], torch.cat([samples, network(samples, torch.eye(10)).sigmoid()]))
+    counts = [784 - frame.isnan().sum().item() // 20 for frame in frames]
+    assert counts[0] == 0 and counts[-1] == 784 and counts == sorted(counts)
+    known = ~frames[1].flatten(1).isnan()
+    assert known[:, : counts[1]].all() and not known[:, counts[1] :].any()

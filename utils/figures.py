@@ -10,11 +10,10 @@ import threading
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torchvision.utils import make_grid
 
 from utils.files import write_atomically
@@ -37,10 +36,15 @@ STYLE = {
     "savefig.bbox": "tight",  # no white margins
     "savefig.pad_inches": 0.02,
 }
+COLUMNS = 10  # images in a row of most grids
+NUM_SAMPLES = 100  # images in samples.png, unless --count says otherwise
 GAP = 2  # pixels between two images of a grid
-GIF_LIMIT = 700_000  # bytes
-MAX_FRAMES = 24  # of the picture of a training
-UNKNOWN = (86, 180, 233)  # the sixth of COLORS, for NaN in a GIF
+LARGE_GRID = 1_000_000  # pixels
+MAX_FRAMES = 24  # of the moving picture of a training
+GREYS = matplotlib.colormaps["gray"].with_extremes(bad=COLORS[5])  # for NaN
+GIF_DPI = 200  # two dots per pixel of an image
+GIF_PALETTE = Image.new("P", (1, 1))  # few greys make a small file
+GIF_PALETTE.putpalette(GREYS([*torch.linspace(0, 1, 16), math.nan], bytes=True)[:, :3].tobytes())
 _lock = threading.RLock()
 
 
@@ -74,7 +78,7 @@ def new_figure(path, width, height, rows=1, columns=1, vector=True, **options):
 
 @our_style()
 def draw_images(images, columns, row_labels=(), title="", scale=0.3, axis=None, headings=(), marked=()):
-    """Draw a grid of images (N, 1, H, W) in [0, 1], with `columns` images in a row, and return its figure.
+    """Draw a grid of images (N, 1, H, W) in [0, 1], or NaN, with `columns` images in a row, and return its figure.
 
     Args:
         row_labels, headings: a label for each row; columns by heading, where 0.5 is between the first two.
@@ -87,9 +91,11 @@ def draw_images(images, columns, row_labels=(), title="", scale=0.3, axis=None, 
     if axis is None:
         size = grid.shape[1] / width * scale, grid.shape[0] / height * scale
         # Labels and title lie outside the figure. The tight bounding box of `save` includes them.
-        dpi = math.ceil(300 * scale / width) * width / scale  # whole pixels of the file for each pixel
+        # Each pixel takes whole pixels of the file, of a large grid one, because each of them costs 100 bytes of memory.
+        zoom = math.ceil(300 * scale / width) if grid.size < LARGE_GRID else 1
+        dpi = zoom * width / scale
         axis = Figure(size, dpi=dpi, layout="none").add_axes((0, 0, 1, 1))
-    axis.imshow(grid, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axis.imshow(grid, cmap=GREYS, vmin=0, vmax=1, interpolation="nearest")
     axis.grid(False)
     axis.spines[:].set_visible(False)
     axis.tick_params(length=0, labeltop=True, labelbottom=False)
@@ -107,24 +113,19 @@ def _grid(images, columns):
     return make_grid(images.detach().float().cpu(), nrow=columns, padding=GAP, pad_value=0.5)[0].numpy()
 
 
-def save_gif(path, frames, columns=10, captions=(), duration=150, hold=2000):
-    """Write a moving picture of image grids, smaller or with fewer greys if it exceeds GIF_LIMIT.
-
-    Args:
-        frames: (F, N, 1, H, W) in [0, 1] for F frames, or a dict of such tensors by the titles of grids side by side.
-        captions: a text for each frame, above the grids.
-        duration, hold: milliseconds for which a frame, and the last frame, stay.
-    """
-    panels = frames if isinstance(frames, dict) else {"": frames}
-    grids = [[_grid(images, columns) for images in panel] for panel in panels.values()]
-    captions = captions or [""] * len(grids[0])
-    times = [duration] * (len(grids[0]) - 1) + [hold]
-    for scale, greys in ((2, 15), (2, 8), (1, 15), (1, 4)):
-        pictures = [_draw_frame(parts, panels, text, scale, greys) for text, *parts in zip(captions, *grids)]
+@our_style()
+def save_gif(path, frames, columns, captions, row_labels=()):
+    """Write a moving picture of image grids (F, N, 1, H, W) in [0, 1], with a caption for each of the F frames."""
+    figure, pictures = draw_images(frames[0], columns, row_labels), []
+    for images, caption in zip(frames, captions):
+        figure.axes[0].images[0].set_data(_grid(images, columns))
+        figure.axes[0].set_title(caption)
         buffer = io.BytesIO()
-        pictures[0].save(buffer, "GIF", save_all=True, append_images=pictures[1:], duration=times, loop=0)
-        if buffer.tell() <= GIF_LIMIT:
-            break
+        figure.savefig(buffer, dpi=GIF_DPI)
+        pictures.append(Image.open(buffer).convert("RGB").quantize(palette=GIF_PALETTE, dither=0))
+    buffer = io.BytesIO()
+    times = [150] * (len(pictures) - 1) + [2000]  # milliseconds; the last frame stays
+    pictures[0].save(buffer, "GIF", save_all=True, append_images=pictures[1:], duration=times, loop=0)
     write_atomically(Path(path), buffer.getvalue())
 
 
@@ -133,27 +134,3 @@ def save_training_gif(path, snapshots, columns):
     shown = [*snapshots][:: -max(1, -(-len(snapshots) // MAX_FRAMES))][::-1]
     frames = torch.stack([snapshots[epoch] for epoch in shown]) / 255
     save_gif(path, frames, columns, [f"epoch {epoch}" for epoch in shown])
-
-
-def _draw_frame(grids, titles, caption, scale, greys):
-    """Draw a caption, and grids (H, W) with titles below it, in few greys. `scale`: screen pixels per pixel."""
-    font = ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), 9 * scale)
-    line, gap = 13 * scale, 6 * scale  # height of a line of text and space between grids, in screen pixels
-    top = line * (bool(caption) + any(titles))
-    heights, widths = zip(*(grid.shape for grid in grids))
-    width = scale * sum(widths) + gap * (len(grids) - 1)
-    picture = Image.new("RGB", (width, top + scale * max(heights)), "white")
-    draw = ImageDraw.Draw(picture)
-    draw.text((width / 2, line / 2), caption, "black", font, anchor="mm")
-    left = 0
-    for title, grid in zip(titles, grids):
-        grey = np.rint(255 * np.nan_to_num(grid).clip(0, 1))[..., None]
-        pixels = np.where(np.isnan(grid)[..., None], UNKNOWN, grey).astype(np.uint8)
-        part = Image.fromarray(pixels.repeat(scale, 0).repeat(scale, 1))
-        picture.paste(part, (left, top))
-        draw.text((left + part.width / 2, top - line / 2), title, "black", font, anchor="mm")
-        left += part.width + gap
-    palette = Image.new("P", (1, 1))
-    levels = np.rint(np.linspace(0, 255, greys)).astype(int)
-    palette.putpalette([*levels.repeat(3).tolist(), *UNKNOWN])
-    return picture.quantize(palette=palette, dither=Image.Dither.NONE)

@@ -1,32 +1,50 @@
-"""Warnings, figures and final metrics of step 1."""
+"""Warnings, figures and final metrics of step 1, and the optimal discriminator on densities that are known."""
 
 import math
+from functools import partial
 
 import torch
+from torch import nn
+from torch.distributions import Categorical, MixtureSameFamily, Normal
 
-from utils import figures, files, metrics, plotting, theory
+from models.common import IMAGE_SHAPE
+from models.GAN import train_discriminator
+from utils import figures, files, metrics, plotting
 from utils.data import to_unit
+from utils.figures import COLUMNS, NUM_SAMPLES
 
-HEADLINE = ("frechet_distance", "classifier_score", "recall")  # printed at the end
-COLUMNS = 10  # samples in a row of a figure
-NUM_SAMPLES = 100  # in samples.png, unless --count says otherwise
 NUM_SNAPSHOT = 50  # images of the same noise that are kept after an epoch
 STRIP_ROWS = 8  # epochs shown in samples_by_epoch.png
-ABLATION_COLUMNS = 12  # samples of each run in ablation.png
-LABELS = dict(d_loss="D loss", g_loss="G loss", d_real="D(x)", d_fake="D(G(z))")  # the losses of a batch
-NUM_WATCHED = 200  # samples that are checked for mode collapse after each epoch
-NUM_MEASURED = 2000  # samples for quality.csv, every ten epochs
 QUALITY = ("frechet_distance", "classifier_score", "precision", "recall")  # columns of quality.csv
 SATURATED = 0.95  # D(x) above it, with D(G(z)) as close to 0, means a saturated discriminator
-COLLAPSED = 0.5  # one digit in a larger share of the samples means mode collapse
-SHARP = 0.2  # share of white pixels among those with ink; real digits have 0.5, early samples are grey fog
+
 DISCRIMINATOR_OPTIMUM = math.log(4)  # its smallest loss for p_g = p_data, in nats
-# Formulas of both losses, and the generator's optimum in nats. The relativistic D takes the difference of two logits.
-LOSSES = {
-    "non-saturating": ("-log D(x) - log(1 - D(G(z)))", "-log D(G(z))", math.log(2)),
-    "saturating": ("-log D(x) - log(1 - D(G(z)))", "log(1 - D(G(z)))", -math.log(2)),
-    "relativistic": ("-log D(x, G(z)) - log(1 - D(G(z), x))", "-log D(G(z), x)", math.log(2)),
+# The generator's loss and its optimum for p_g = p_data in nats, where {} is the discriminator's output for G(z).
+G_LOSSES = {
+    "non-saturating": ("-log {}", math.log(2)),
+    "saturating": ("log(1 - {})", -math.log(2)),
+    "relativistic": ("-log {}", math.log(2)),
 }
+
+
+def labels(loss):
+    """Return the names of what a batch records. A relativistic D compares an image with one of the other kind."""
+    outputs = ("D(x, G(z))", "D(G(z), x)") if loss == "relativistic" else ("D(x)", "D(G(z))")
+    return dict(zip(("d_loss", "g_loss", "d_real", "d_fake"), ("D loss", "G loss", *outputs)))
+
+
+@torch.no_grad()
+def sample_images(generator, count, noise=None):
+    """Draw images in [0, 1], (count, 1, 28, 28), also from a generator without a method `sample`, in [-1, 1].
+
+    `noise` is a CPU `torch.Generator`, by default a new one with seed 0.
+    """
+    noise = noise or torch.Generator().manual_seed(0)
+    if hasattr(generator, "sample"):
+        return generator.sample(count, noise)
+    first = next(generator.parameters())  # of a linear layer, (units, dim_z)
+    z = torch.randn(count, first.shape[1], generator=noise).to(first)
+    return ((generator(z) + 1) / 2).reshape(-1, *IMAGE_SHAPE)
 
 
 def find_trouble(generator, d_real, d_fake, dataset="MNIST"):
@@ -34,37 +52,41 @@ def find_trouble(generator, d_real, d_fake, dataset="MNIST"):
     warnings = []
     if d_real > SATURATED and d_fake < 1 - SATURATED:
         warnings.append("saturated discriminator: it is sure of every image and teaches little")
-    samples = generator.sample(NUM_WATCHED)
-    sharp = (samples > 0.9).sum() > SHARP * (samples > 0.1).sum()
-    if sharp and metrics.load_classifier(dataset=dataset):
+    samples = sample_images(generator, 200)
+    # Half the pixels with ink are white in real digits, fewer in the grey fog of early samples.
+    sharp = (samples > 0.9).sum() > 0.2 * (samples > 0.1).sum()
+    if sharp and metrics.has_classifier(dataset):
         shares = metrics.digit_shares(metrics.classify(samples, dataset))
-        if shares.max() > COLLAPSED:
+        if shares.max() > 0.5:
             warnings.append(f"collapsed generator: {shares.max():.0%} of its samples are a {shares.argmax()}")
     return warnings
 
 
-def log_quality(run, generator, epoch):
-    """Add a row to quality.csv: metrics of NUM_MEASURED samples, which quickly show how the training goes."""
-    args = run.args
-    if metrics.load_classifier(dataset=args.dataset):
-        count = metrics.NUM_JUDGED_QUICKLY if args.dry_run else NUM_MEASURED
-        samples = generator.sample(count).cpu()
-        entries = metrics.judge(samples, "none", args.held_out, args.data_dir, count, args.dataset)
-        run.log("quality", epoch=epoch, **{name: entries[name]["value"] for name in QUALITY})
+def log_quality(run, generator):
+    """Add a row to quality.csv: metrics of a few samples, which quickly show how the training goes."""
+    if metrics.has_classifier(run.args.dataset):
+        count = metrics.NUM_JUDGED_QUICKLY if run.args.dry_run else 2000
+        entries = metrics.judge_for(run, sample_images(generator, count).cpu(), "none")
+        values = {name: entries[name]["value"] for name in QUALITY}
+        run.log("quality", epoch=run.epochs_done, **values, samples=count)
 
 
 def draw_losses(path, history, options):
     """Draw the losses and the discriminator's mean outputs, with the optima of Goodfellow et al. 2014, section 4.1."""
-    iterations_per_epoch = history["epoch"].count(1)  # --minutes cuts the last epoch short
-    x = [iteration / iterations_per_epoch for iteration in history["iteration"]]
+    per_epoch, x = history["epoch"].count(1), history["iteration"]
+    short = history["epoch"][-1] < plotting.FEW_EPOCHS
+    if not short:
+        x = [iteration / per_epoch for iteration in x]
     losses = {"discriminator": history["d_loss"], "generator": history["g_loss"]}
-    _, _, g_optimum = LOSSES[options["loss"]]
+    g_optimum = G_LOSSES[options["loss"]][1]
     sign = "-" if g_optimum < 0 else ""
     optima = {"optimum, log 4": DISCRIMINATOR_OPTIMUM, f"optimum, {sign}log 2": g_optimum}
-    outputs = {"$D(x)$, real images": history["d_real"], "$D(G(z))$, generated": history["d_fake"]}
-    half = {"optimum, 1/2": 0.5}
-    panels = [("loss (nats)", losses, optima), ("discriminator's mean output", outputs, half)]
-    plotting.save_curves(path, x, panels, smooth=iterations_per_epoch)
+    _, _, real, fake = labels(options["loss"]).values()
+    outputs = {f"${real}$, real images": history["d_real"], f"${fake}$, generated": history["d_fake"]}
+    panels = [("loss (nats)", losses, optima)]
+    panels += [("discriminator's mean output", outputs, {"optimum, 1/2": 0.5})]
+    smooth = min(per_epoch, 1 + len(x) // 10)
+    plotting.save_curves(path, x, panels, "batch" if short else "epoch", smooth)
 
 
 def draw_quality(path, quality):
@@ -74,17 +96,21 @@ def draw_quality(path, quality):
         ("classifier score", {"": quality["classifier_score"]}, {}),
         ("share of images", {name: quality[name] for name in ("precision", "recall")}, {}),
     ]
-    plotting.save_curves(path, quality["epoch"], panels)
+    plotting.save_curves(
+        path, quality["epoch"], panels, f"epoch ({quality['samples'][-1]:,.0f} samples each)"
+    )
 
 
 def draw_samples(run, generator):
     """Draw samples.png, images of noise that depends on the seed."""
-    samples = generator.sample(run.args.count or NUM_SAMPLES, torch.Generator().manual_seed(run.args.seed))
+    noise = torch.Generator().manual_seed(run.args.seed)
+    sample = partial(sample_images, generator)
+    samples = metrics.draw_in_chunks(sample, run.args.count or NUM_SAMPLES, noise)
     run.draw("samples.png", plotting.save_images, samples, COLUMNS)
 
 
 def draw_figures(run, generator, images):
-    """Draw the figures beside loss.png and samples.png; `images` are the uint8 training images."""
+    """Draw all but loss.png and samples.png; `images` are the uint8 training images."""
     if "quality" in run.tables:
         run.draw("quality.png", draw_quality, run.tables["quality"])
     run.draw("samples_by_epoch.png", draw_samples_by_epoch, run.snapshots)
@@ -97,29 +123,18 @@ def draw_samples_by_epoch(path, snapshots):
     """Draw a row of images of the same noise for each of up to STRIP_ROWS epochs, early ones closer together."""
     epochs, last = list(snapshots), len(snapshots) - 1
     after_0 = (round(last ** (row / (STRIP_ROWS - 2))) for row in range(STRIP_ROWS - 1))
-    shown = [epochs[index] for index in sorted({0, *after_0})]
+    shown = [epochs[index] for index in sorted({0, *after_0}) if index <= last]
     images = torch.cat([snapshots[epoch][:COLUMNS] for epoch in shown]) / 255
     plotting.save_images(path, images, COLUMNS, [f"epoch {epoch}" for epoch in shown])
 
 
 def draw_neighbours(path, generator, images, seed):
     """Draw samples, each above the training image nearest to it in pixels. A copied image would be seen."""
-    samples = generator.sample(3 * COLUMNS, torch.Generator().manual_seed(seed))
+    samples = sample_images(generator, 3 * COLUMNS, torch.Generator().manual_seed(seed))
     real = to_unit(images)
     pairs = samples, real[metrics.nearest(samples, real)]
     rows = torch.stack([images.unflatten(0, (-1, COLUMNS)) for images in pairs], 1)
     plotting.save_images(path, rows.flatten(0, 2), COLUMNS, ["sample", "nearest"] * len(rows))
-
-
-def draw_optimal_discriminator(path):
-    """Draw p_data / (p_data + p_g), and what a network learns, for densities that are known."""
-    x, p_data = torch.linspace(-4, 4, 200), theory.P_DATA
-    panels = []
-    for title, p_g in ((r"$p_g \neq p_{data}$", theory.P_G), ("$p_g = p_{data}$", p_data)):
-        trained = theory.trained_discriminator(p_data, p_g, x)
-        densities = [density.log_prob(x).exp() for density in (p_data, p_g)]
-        panels.append((title, trained, theory.optimal_discriminator(p_data, p_g, x), densities))
-    plotting.save_optimal_discriminator(path, x, panels)
 
 
 def draw_ablation(path, folders, load_model):
@@ -130,34 +145,83 @@ def draw_ablation(path, folders, load_model):
     strips = []
     for name, folder in folders.items():
         rows = files.read_csv(folder / "epochs.csv")
-        x = [row["epoch"] for row in rows]
-        curves = {"$D(x)$": [row["d_real"] for row in rows], "$D(G(z))$": [row["d_fake"] for row in rows]}
-        strips.append((name, x, curves, load_model(folder / "model.pt").sample(ABLATION_COLUMNS)))
-    values = [value for _, _, curves, _ in strips for curve in curves.values() for value in curve]
-    ylim = math.floor(10 * min(values)) / 10, math.ceil(10 * max(values)) / 10
-    plotting.save_strips(path, strips, xlabel="epoch", ylim=ylim)
+        x, real, fake = zip(*((row["epoch"], row["d_real"], row["d_fake"]) for row in rows))
+        samples = sample_images(load_model(folder / "model.pt"), 12)
+        strips.append((name, x, {"$D(x)$": real, "$D(G(z))$": fake}, samples))
+    plotting.save_strips(path, strips, xlabel="epoch")
     table = files.read_csv(path.with_suffix(".csv"))
     if "frechet_distance_mean" in table[0]:  # which needs a classifier of the data set
-        panels = {key.replace("_", " ").replace("frechet", "Fréchet"): {"": key} for key in QUALITY}
-        where, distance = path.with_name("ablation_metrics.png"), "frechet_distance_mean"
-        # Beside a failed generator, one would see no difference between the others.
-        table = [row for row in table if (row[distance] or 0) < 10 * table[0][distance]]
-        plotting.save_ablation(where, table, panels, log=["Fréchet distance"])
+        draw_ablation_metrics(path.with_name("ablation_metrics.png"), table)
+
+
+def draw_ablation_metrics(path, table):
+    """Draw the metrics of runs, the rows of ablation.csv, without those that failed: they would hide the others."""
+    panels = {key.replace("_", " ").replace("frechet", "Fréchet"): {"": key} for key in QUALITY}
+    distances = {row["variant"]: row["frechet_distance_mean"] or 0 for row in table}
+    left_out = [name for name, distance in distances.items() if distance >= 10 * distances["default"]]
+    shown = [row for row in table if row["variant"] not in left_out]
+    what = "left out, with ten times the default's Fréchet distance or more: "
+    note = what + ", ".join(left_out) if left_out else ""
+    plotting.save_ablation(path, shown, panels, ["Fréchet distance"], note)
 
 
 def write_metrics(run, generator, images):
     """Write metrics.json: the quality of samples, and means over the last epoch. A GAN has no likelihood."""
-    d_formula, g_formula, g_optimum = LOSSES[run.options["loss"]]
+    _, _, real, fake = labels(run.options["loss"]).values()
+    g_formula, g_optimum = G_LOSSES[run.options["loss"]]
     descriptions = dict(
-        d_loss=("nats", d_formula, DISCRIMINATOR_OPTIMUM),
-        g_loss=("nats", g_formula, g_optimum),
-        d_real=("probability", "D(x)", 0.5),
-        d_fake=("probability", "D(G(z))", 0.5),
+        d_loss=("nats", f"-log {real} - log(1 - {fake})", DISCRIMINATOR_OPTIMUM),
+        g_loss=("nats", g_formula.format(fake), g_optimum),
+        d_real=("probability", real, 0.5),
+        d_fake=("probability", fake, 0.5),
     )
-    protocol = dict(over="the last epoch, dropout active in the discriminator", train_images=len(images))
-    _, results = metrics.judge_sampler(run, generator.sample)
+    over, epochs = "the last epoch, dropout active in the discriminator", run.tables["epochs"]
+    _, results = metrics.judge_sampler(run, partial(sample_images, generator))
     for name, (unit, formula, optimum) in descriptions.items():
-        value = run.tables["epochs"][name][-1]
-        if value is not None:  # a large d_freq may leave the generator without an update
-            results[name] = files.metric(value, unit, formula, optimum=optimum, **protocol)
-    run.finish(HEADLINE, **results)
+        if epochs[name][-1] is not None:  # a large d_freq may leave the generator without an update
+            more = dict(optimum=optimum, over=over, train_images=len(images))
+            results[name] = files.metric(epochs[name][-1], unit, formula, **more)
+    run.finish(("frechet_distance", "classifier_score", "recall"), **results)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# D(x) = p_data(x) / (p_data(x) + p_g(x)) for the best D (Goodfellow et al. 2014, proposition 1). In one dimension it
+# can be drawn beside what a network learns by the discriminator's step of step 1.
+
+OPTIMUM_STEPS = 600  # batches
+
+
+def mixture(*parameters):
+    """Return the density of a mixture of Gaussians on the line, of lists of weights, means and deviations."""
+    weights, *of_parts = map(torch.tensor, parameters)
+    return MixtureSameFamily(Categorical(weights), Normal(*of_parts))
+
+
+P_DATA = mixture([0.4, 0.6], [-2.0, 1.5], [0.6, 0.9])
+P_G = mixture([1.0], [0.0], [1.6])
+
+
+def trained_discriminator(p_data, p_g, x):
+    """Train a network to tell draws of p_data from draws of p_g; return its output at each of x, (N,)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed a GPU as well
+        network = nn.Sequential(nn.Linear(1, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1))
+        optimizer = torch.optim.Adam(network.parameters(), 2e-2, fused=True)
+        # The rate falls to zero, so that the noise of the last batches averages out.
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, OPTIMUM_STEPS)
+        for _ in range(OPTIMUM_STEPS):
+            real, fake = (density.sample((1000, 1)) for density in (p_data, p_g))
+            train_discriminator(network, optimizer, real, fake, nn.BCEWithLogitsLoss(), "cpu")
+            schedule.step()
+    with torch.no_grad():
+        return network(x[:, None]).sigmoid()[:, 0]
+
+
+def draw_optimal_discriminator(path):
+    """Draw p_data / (p_data + p_g), and what a network learns, for densities that are known."""
+    x = torch.linspace(-4, 4, 200)
+    data, panels = P_DATA.log_prob(x).exp(), []
+    for title, p_g in ((r"$p_g \neq p_{data}$", P_G), ("$p_g = p_{data}$", P_DATA)):
+        generated = p_g.log_prob(x).exp()
+        panels.append((title, trained_discriminator(P_DATA, p_g, x), data, generated))
+    plotting.save_optimal_discriminator(path, x, panels)

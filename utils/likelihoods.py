@@ -5,12 +5,19 @@ import math
 import torch
 from torch.nn import functional as F
 
+from utils.metrics import progress
+
 NUM_DECODED = 4000  # latent vectors decoded at once, which bounds the memory
 
 
-@torch.no_grad()
 def importance_bound(model, x, num_samples, generator=None):
-    """Return log 1/K sum_k p(x|z_k) p(z_k) / q(z_k|x), (N,) in nats, with K = `num_samples` z_k ~ q(z|x).
+    """Return `importance_bounds` under the prior N(0, I): (N,)."""
+    return importance_bounds(model, x, num_samples, generator)[0]
+
+
+@torch.no_grad()
+def importance_bounds(model, x, num_samples, generator=None, priors=(None,)):
+    """Return log 1/K sum_k p(x|z_k) p(z_k) / q(z_k|x) in nats for each prior, with K = `num_samples` z_k ~ q(z|x).
 
     This is the bound of Burda et al. 2016 (arXiv 1509.00519), Eq. 8. Its expectation grows with K from the
     ELBO to log p(x), and slowly so for an image whose q(z|x) is misplaced.
@@ -18,29 +25,30 @@ def importance_bound(model, x, num_samples, generator=None):
     Args:
         x: targets in [0, 1], (N, ...).
         generator: CPU `torch.Generator` of the noise, by default a new one with seed 0.
+        priors: each has a `log_prob` for z (..., z_size); None is N(0, I). The result is (priors, N).
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, not {num_samples}")
     generator = generator or torch.Generator().manual_seed(0)
-    bounds, zero = [], x.new_zeros(())
-    for images in x.flatten(1).split(max(1, NUM_DECODED // num_samples)):
+    x = x.flatten(1).to(next(model.parameters()))
+    bounds = []
+    for images in progress(x.split(max(1, NUM_DECODED // num_samples)), "importance-weighted bound"):
         mean, logvar = model.encode(images)
-        total = torch.full_like(mean[:, 0], -math.inf)
+        totals = [torch.full_like(mean[:, 0], -math.inf) for _ in priors]
         for start in range(0, num_samples, NUM_DECODED):
             count = min(NUM_DECODED, num_samples - start)
-            noise = torch.randn(count, *mean.shape, generator=generator).to(mean)
+            noise = torch.randn(count, *mean.shape, generator=generator, dtype=torch.float32).to(mean)
             z = mean + torch.exp(0.5 * logvar) * noise
             # log p(x|z), (samples, images): minus reconstruction_loss, without its rounding near 0 and 1.
-            logits = model.decode_logits(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+            logits = _logits(model, z.flatten(0, 1)).unflatten(0, z.shape[:2])
             log_p = torch.einsum("knd,nd->kn", logits, images) - F.softplus(logits).sum(2)
-            log_weights = log_p + _log_normal(z, zero, zero) - _log_normal(z, mean, logvar)
-            total = torch.logaddexp(total, log_weights.logsumexp(0))
-        bounds.append(total - math.log(num_samples))
-    return torch.cat(bounds)
+            log_ratio = log_p - _log_normal(z, mean, logvar)
+            sums = [(log_ratio + _log_prior(z, prior)).logsumexp(0) for prior in priors]
+            totals = [torch.logaddexp(*each) for each in zip(totals, sums)]
+        bounds.append(torch.stack(totals) - math.log(num_samples))
+    return torch.cat(bounds, 1)
 
 
 @torch.no_grad()
-def plane_log_likelihood(model, x, spacing=0.04, half_width=5.0):
+def plane_log_likelihood(model, x, spacing=0.04, half_width=5.0, prior=None):
     """Return log p(x), (N,) in nats, by summing p(x|z) p(z) over a square grid in a latent plane, z_size = 2.
 
     The sum is nearly exact if the spacing is below the posteriors' standard deviations. For the default model
@@ -48,21 +56,32 @@ def plane_log_likelihood(model, x, spacing=0.04, half_width=5.0):
 
     Args:
         x: targets in [0, 1], (N, ...).
-        half_width: half the side of the square around zero. Outside 5.0 the prior has a mass of 1e-6.
+        half_width: half the side of the square around zero. Outside 5.0 the prior N(0, I) has a mass of 1e-6.
+        prior: one of the `priors` of `importance_bounds`.
     """
     if model.z_size != 2:
         raise ValueError(f"the plane has two latent dimensions, not {model.z_size}")
     count = round(2 * half_width / spacing)
-    images = x.flatten(1)
-    axis = (torch.arange(count, dtype=x.dtype, device=x.device) + 0.5) * spacing - half_width
-    total, zero = torch.full_like(images[:, 0], -math.inf), x.new_zeros(())
-    for z in torch.cartesian_prod(axis, axis).split(NUM_DECODED):
-        logits = model.decode_logits(z)
-        constant = _log_normal(z, zero, zero) - F.softplus(logits).sum(1)
+    images = x.flatten(1).to(next(model.parameters()))
+    axis = (torch.arange(count).to(images) + 0.5) * spacing - half_width
+    total = torch.full_like(images[:, 0], -math.inf)
+    for z in progress(torch.cartesian_prod(axis, axis).split(NUM_DECODED), "integral over the latent plane"):
+        logits = _logits(model, z)
+        constant = _log_prior(z, prior) - F.softplus(logits).sum(1)
         for chunk, sums in zip(images.split(NUM_DECODED), total.split(NUM_DECODED)):
             log_joint = torch.addmm(constant, chunk, logits.T)  # (images, grid points)
             sums.copy_(torch.logaddexp(sums, log_joint.logsumexp(1)))
     return total + 2 * math.log(spacing)
+
+
+def _logits(model, z):
+    """Return the logits of the Bernoulli means of p(x|z), from the means themselves if that is all that `model` has."""
+    return model.decode_logits(z) if hasattr(model, "decode_logits") else model.decode(z).logit(eps=1e-7)
+
+
+def _log_prior(z, prior):
+    zero = z.new_zeros(())
+    return _log_normal(z, zero, zero) if prior is None else prior.log_prob(z)
 
 
 def _log_normal(z, mean, logvar):

@@ -6,24 +6,40 @@ values compare with one another, and not with other papers' values. For scale, e
 """
 
 import functools
-import json
+import hashlib
+import io
 import math
 import time
 
+import numpy as np
 import torch
-from tqdm import tqdm
 
-from models.classifier import NUM_CLASSES, Classifier
+from models.classifier import Classifier
+from models.common import IMAGE_SHAPE, NUM_CLASSES, checked
 from utils import files, machine
 from utils.data import DATASETS, NUM_HELD_OUT, binarize, load_data
 
 CLASSIFIER_STEP = "classifier"
 NUM_JUDGED = 10_000  # samples, as many as there are test images
-NUM_JUDGED_QUICKLY = 200  # in a dry run
-NEIGHBOURS = 5  # the k of precision, recall, density and coverage
+NUM_JUDGED_QUICKLY = 200  # in a dry run, and for a network that draws slowly
+NUM_DRAWS = 5  # of stochastic pixels (and z), over which the final metrics of steps 2 and 3 are means
+NEIGHBOURS = 5  # the k of precision, recall and coverage
+# Grey samples are judged by these once more after thresholding, which all three steps have in common.
+ONE_SCALE = ("frechet_distance", "classifier_score", "precision", "recall", "coverage")
 NUM_SIGMA_IMAGES = 1000  # held-out images that choose the Parzen window's width
-SIGMAS = torch.logspace(-1, 0, 10).tolist()  # widths of the Parzen window to choose from
-CHUNK = 1000
+SIGMAS = torch.logspace(-1, 0, 10, dtype=torch.float32).tolist()  # widths of the Parzen window to choose from
+CHUNK = 1000  # images that are drawn, encoded or compared at once
+SILENCE = 4  # seconds without a line; an item takes less
+
+
+def progress(items, what):
+    """Yield the items of a list; between two of them, every SILENCE seconds, print the share that is done."""
+    printed = time.perf_counter()
+    for done, item in enumerate(items):
+        if time.perf_counter() > printed + SILENCE:
+            machine.say(f"  {what}: {done / len(items):.0%}")
+            printed = time.perf_counter()
+        yield item
 
 
 def judge(
@@ -33,62 +49,75 @@ def judge(
 
     The real images are the test images or, if `held_out`, the last 10,000 training images. Their `pixels` are 'none'
     (grey), 'threshold' or 'stochastic'. The metrics depend on their number. So there is no floor for `num_real` images.
+    Without a classifier of the data set there is Parzen's metric alone.
     """
-    if not torch.is_tensor(images) or not images.is_floating_point():
-        raise ValueError("judge takes a tensor of floats in [0, 1]: divide bytes by 255")
-    if images.shape[1:] != (1, 28, 28) or len(images) <= NEIGHBOURS:
-        at_least = f"at least {NEIGHBOURS + 1} images (N, 1, 28, 28)"
-        raise ValueError(f"judge takes {at_least}, not {tuple(images.shape)}")
-    low, high = images.min().item(), images.max().item()
-    if not (low >= 0 and high <= 1):  # which NaN is not, either
-        raise ValueError(f"judge takes finite pixels in [0, 1], not from {low:.3g} to {high:.3g}")
-    images = images.float()
+    images = checked("images", images, ("N", *IMAGE_SHAPE), images).float()
+    low, high = images.min(), images.max()
+    if len(images) <= NEIGHBOURS or not (low >= 0 and high <= 1):  # which NaN is not, either
+        takes = f"at least {NEIGHBOURS + 1} images in [0, 1]"
+        raise ValueError(f"images takes {takes}, not {len(images)} from {low:.3g} to {high:.3g}")
     (train_images, _), (test_images, _) = load_data(data_dir, dataset, images.device)
     held_out_images = train_images[-NUM_HELD_OUT:]
     reference = (held_out_images if held_out else test_images)[:num_real]
     draw = torch.Generator().manual_seed(0)
     real = binarize(reference, pixels, draw)
     sigma_images = binarize(held_out_images[:NUM_SIGMA_IMAGES], pixels, draw)
-    entries = compare(images, real, sigma_images, load_classifier(images.device, dataset))
+    classifier = load_classifier(images.device, dataset) if has_classifier(dataset) else None
+    entries = compare(images, real, sigma_images, classifier)
     against = f"{len(reference)} {'held-out training' if held_out else 'test'} images, pixels {pixels}"
     comparable = len(images) == NUM_JUDGED and not (held_out or num_real)
     path = classifier_folder(dataset) / "floors.json"
-    floors = json.loads(path.read_text())[pixels] if comparable and path.exists() else {}
+    floors = files.read_json(path)[pixels] if comparable and path.exists() else {}
     more = dict(samples=len(images), against=against)
     return {name: {**entry, **more, "floor": floors.get(name)} for name, entry in entries.items()}
 
 
-def judge_sampler(run, sample, pixels="none"):
-    """Draw 10,000 images, few in a dry run, with `sample(count, generator)`; return them and their metrics."""
+def judge_sampler(run, sample, pixels="none", count=NUM_JUDGED):
+    """Draw `count` images, few in a dry run, with `sample(count, generator)`; return them and their metrics."""
     machine.say("quality of samples")
-    if not load_classifier(dataset=run.args.dataset):
-        command = f"python -m utils.train_classifier --dataset {run.args.dataset}"
-        machine.say(f"metrics and figures that need a classifier are left out: train one with {command}")
     noise = torch.Generator().manual_seed(0)
     started = time.perf_counter()
     sample(64, noise).cpu()
     seconds = time.perf_counter() - started
-    few = NUM_JUDGED_QUICKLY if run.args.dry_run else None
-    count = few or NUM_JUDGED
-    starts = tqdm(range(0, count, CHUNK), "drawing samples", unit="chunk", disable=None, leave=False)
-    images = torch.cat([sample(min(CHUNK, count - start), noise).cpu() for start in starts])
-    entries = judge(images, pixels, run.args.held_out, run.args.data_dir, few, run.args.dataset)
+    images = draw_in_chunks(sample, NUM_JUDGED_QUICKLY if run.args.dry_run else count, noise)
+    entries = judge_for(run, images, pixels)
+    if pixels == "none":
+        entries |= judge_thresholded(run, images)
     what, hardware = "wall time of drawing 64 images", machine.hardware(run.device)
     entries["sampling_time"] = files.metric(seconds, "seconds", what, hardware=hardware)
     return images, entries
 
 
+def judge_for(run, images, pixels):
+    """Return `judge` of a run's samples. Fewer than 10,000 are compared with as many real images."""
+    num_real, args = len(images) if len(images) < NUM_JUDGED else None, run.args
+    return judge(images, pixels, args.held_out, args.data_dir, num_real, args.dataset)
+
+
+def judge_thresholded(run, images, name=""):
+    """Return metrics of thresholded samples, `name` in their keys; all three steps have this scale in common."""
+    if len(images) <= NEIGHBOURS:  # in a dry run of very small batches
+        return {}
+    entries = judge_for(run, (images > 0.5).float(), "threshold")
+    return {f"{key}{name}_threshold": entries[key] for key in ONE_SCALE if key in entries}
+
+
+def draw_in_chunks(sample, count, generator):
+    """Draw images with `sample(count, generator)`, few at once to save memory: (count, 1, 28, 28) on the CPU."""
+    sizes = [min(CHUNK, count - start) for start in range(0, count, CHUNK)]
+    return torch.cat([sample(size, generator).cpu() for size in progress(sizes, "images drawn")])
+
+
 IN_FEATURES = f"the k-NN neighbourhood, k = {NEIGHBOURS}, in features"
-FRECHET_FORMULA = "|m_s - m_r|^2 + tr(C_s + C_r - 2 (C_s C_r)^(1/2))"
+FRECHET = "|m_s - m_r|^2 + tr(C_s + C_r - 2 (C_s C_r)^(1/2)) of the classifier's features"
 # Unit and formula of each metric.
 DESCRIPTIONS = dict(
-    frechet_distance=("squared features", f"{FRECHET_FORMULA} of the classifier's features"),
+    frechet_distance=("squared features", FRECHET),
     classifier_score=("effective digits, 1 to 10", "exp(mean KL(p(y|x) || p(y)))"),
     largest_share=("share of samples", "share of the most frequent digit, by the classifier"),
     smallest_share=("share of samples", "share of the rarest digit, by the classifier"),
     precision=("share of samples", f"samples in {IN_FEATURES}, of a real image"),
     recall=("share of real images", f"real images in {IN_FEATURES}, of a sample"),
-    density=("ratio", f"real images with a sample in {IN_FEATURES}, / k, mean over samples"),
     coverage=("share of real images", f"real images with a sample in {IN_FEATURES}"),
     parzen=("nats per image", "mean log-density under Gaussians of width sigma at the samples"),
     parzen_sigma=("pixel intensity", "of logspace(-1, 0, 10), the best on held-out training images"),
@@ -102,24 +131,31 @@ def compare(samples, real, sigma_images, classifier=None):
     if classifier:
         features, of_class = _features(samples, classifier)
         real_features, _ = _features(real, classifier)
+        distance = functools.partial(frechet_distance, b=real_features)
         digits = of_class.argmax(1)
         shares = digit_shares(digits)
         values = dict(
-            frechet_distance=frechet_distance(features, real_features),
+            frechet_distance=distance(features),
             classifier_score=classifier_score(of_class),
             largest_share=digits == shares.argmax(),
             smallest_share=digits == shares.argmin(),
             **neighbour_metrics(features, real_features),
             **values,
         )
-        errors = dict(
-            frechet_distance=jackknife_error(lambda x: frechet_distance(x, real_features), features),
-            classifier_score=jackknife_error(classifier_score, of_class),
-        )
-    entries = {name: files.metric(value, *DESCRIPTIONS[name]) for name, value in values.items()}
-    for name, error in errors.items():
-        entries[name]["standard_error"] = error
-    return entries
+        errors["frechet_distance"] = jackknife_error(distance, features)
+        errors["classifier_score"] = jackknife_error(classifier_score, of_class)
+    more = {name: dict(standard_error=error) for name, error in errors.items()}
+    return {
+        name: files.metric(value, *DESCRIPTIONS[name], **more.get(name, {})) for name, value in values.items()
+    }
+
+
+def save_per_image(folder, x, values):
+    """Write per_image.npz: values of test images by name, (draws, N) each, and a check sum of their pixels x."""
+    pixels, buffer = hashlib.sha256(x.bool().cpu().numpy().tobytes()).hexdigest(), io.BytesIO()
+    arrays = {name: each.float().cpu().numpy() for name, each in values.items()}
+    np.savez_compressed(buffer, pixels=pixels, **arrays)
+    files.write_atomically(folder / "per_image.npz", buffer.getvalue())
 
 
 def jackknife_error(statistic, x, groups=10):
@@ -134,18 +170,27 @@ def jackknife_error(statistic, x, groups=10):
 
 
 def classifier_folder(dataset):
-    """Return where `utils.train_classifier` writes the classifier of a data set."""
     folder = files.ROOT / "results" / CLASSIFIER_STEP
     return folder if dataset == DATASETS[0] else folder / "runs" / f"dataset={dataset}"
 
 
+def has_classifier(dataset):
+    return (classifier_folder(dataset) / "model.pt").exists()
+
+
 @functools.cache
 def load_classifier(device="cpu", dataset="MNIST"):
-    """Return the trained classifier of a data set in eval mode, or None if none has been trained."""
+    """Return the trained classifier of a data set in eval mode; raise UserError if none has been trained."""
     path = classifier_folder(dataset) / "model.pt"
-    if dataset != DATASETS[0] and not path.exists():
-        return None
-    return files.load_network(path, (CLASSIFIER_STEP,), Classifier, device)
+    return files.load_network(path, (CLASSIFIER_STEP,), Classifier, device).float()
+
+
+def say_what_is_left_out(dataset):
+    """Print what a run leaves out if there is no classifier of its data set."""
+    if not has_classifier(dataset):
+        what = "most metrics of samples, quality.png and frames in comparison.png are left out"
+        command = f"python -m utils.train_classifier --dataset {dataset}"
+        machine.say(f"there is no classifier of {dataset}: {what}; {command} trains one")
 
 
 def probabilities(images, dataset="MNIST"):
@@ -161,7 +206,7 @@ def classify(images, dataset="MNIST"):
 @torch.no_grad()
 def _features(images, classifier):
     """Return features (N, 64) and probabilities (N, 10) of images, in double precision on the CPU."""
-    features = torch.cat([classifier.features(x) for x in images.split(CHUNK)])
+    features = torch.cat([classifier.features(x) for x in images.float().split(CHUNK)])
     logits = classifier.to_logits(features)
     # Not every accelerator has double precision.
     return features.cpu().double(), logits.cpu().double().softmax(1)
@@ -193,26 +238,22 @@ def digit_shares(labels):
 
 
 def neighbour_metrics(samples, real, k=NEIGHBOURS):
-    """Return precision, recall, density and coverage of features, samples (N, d) and real (M, d), N and M above k.
+    """Return precision, recall and coverage of features, samples (N, d) and real (M, d), N and M above k.
 
     Each is a tensor with a value of every sample or real image, whose mean is the metric. The k-NN neighbourhood of a
     point reaches to its k-th nearest neighbour. Precision and recall: Kynkaanniemi et al. 2019 (arXiv 1904.06991),
-    Eq. 2. Density and coverage: Naeem et al. 2020 (arXiv 2002.09797), section 3.
+    Eq. 2. Coverage: Naeem et al. 2020 (arXiv 2002.09797), section 3.
     """
     sample_radius = _radius(samples, k)
-    neighbourhoods, recalled, covered = torch.zeros(len(samples), device=samples.device), [], []
-    for chunk, real_radius in zip(real.split(CHUNK), _radius(real, k).split(CHUNK)):
+    precise, recalled, covered = samples.new_zeros(len(samples), dtype=torch.bool), [], []
+    parts = list(zip(real.split(CHUNK), _radius(real, k).split(CHUNK)))
+    for chunk, real_radius in progress(parts, "nearest neighbours"):
         distance = torch.cdist(chunk, samples)  # (chunk, N)
         in_neighbourhood = distance <= real_radius[:, None]
-        neighbourhoods += in_neighbourhood.sum(0)
+        precise |= in_neighbourhood.any(0)
         covered.append(in_neighbourhood.any(1))
         recalled.append((distance <= sample_radius).any(1))
-    return dict(
-        precision=neighbourhoods > 0,
-        recall=torch.cat(recalled),
-        density=neighbourhoods / k,
-        coverage=torch.cat(covered),
-    )
+    return dict(precision=precise, recall=torch.cat(recalled), coverage=torch.cat(covered))
 
 
 def _radius(x, k):
@@ -236,7 +277,7 @@ def _log_densities(x, centres, sigmas):
     """Return log mean_centre N(x; centre, sigma^2 I) for each sigma and row of x: (sigmas, rows)."""
     norms = [math.log(len(centres)) + x.shape[1] / 2 * math.log(2 * math.pi * sigma**2) for sigma in sigmas]
     densities = []
-    for chunk in x.split(CHUNK):
+    for chunk in progress(x.split(CHUNK), "Parzen window"):
         squares = torch.cdist(chunk, centres).square()
         rows = [(squares / (-2 * sigma**2)).logsumexp(1) - norm for sigma, norm in zip(sigmas, norms)]
         densities.append(torch.stack(rows))
@@ -246,4 +287,5 @@ def _log_densities(x, centres, sigmas):
 def nearest(samples, images):
     """Return the index of the image nearest to each sample in pixels, Euclidean: (N,)."""
     samples, images = samples.flatten(1), images.flatten(1)
-    return torch.cat([torch.cdist(chunk, images).argmin(1) for chunk in samples.split(CHUNK)])
+    chunks = progress(samples.split(CHUNK), "nearest images")
+    return torch.cat([torch.cdist(chunk, images).argmin(1) for chunk in chunks])

@@ -1,35 +1,33 @@
-"""Likelihoods, figures and final metrics of step 2."""
+"""Likelihoods, samples, figures and final metrics of step 2."""
 
 import math
+import time
 from functools import partial
 
 import torch
 from torch.nn import functional as F
-from tqdm import tqdm
 
+from models import ar_sampler
 from models.AR import ConditionalPixelCNN
-from utils import figures, files, machine, metrics, parallel, plotting
+from models.common import IMAGE_SHAPE, NUM_CLASSES, NUM_PIXELS
+from utils import figures, files, machine, metrics, plotting
 from utils.data import binarize
+from utils.figures import COLUMNS, NUM_SAMPLES
+from utils.metrics import CHUNK, NUM_DRAWS, progress
 
-NUM_CLASSES = 10
-NUM_DRAWS = 5  # of stochastic pixels, in the final metrics
-NUM_PIXELS = 28 * 28
-HEADLINE = ("test_nll", "train_nll", "recognised")  # printed at the end
-COLUMNS = 10  # samples in a row of a figure
 DIGIT = 3  # in samples_digit.png, unless --digit names another
 NUM_COMPARED = 25  # images of each kind in comparison.png
 SURE = 0.9  # smallest probability of its class that leaves an image there without a frame
-NUM_PROBED = 1000  # test images over which the receptive field is measured
 PIXELS_A_FRAME = 14  # of drawing.gif
 ROWS_GIVEN = 14  # of the digits to be completed
 SEEN_FROM = (14, 3)  # row and column of the pixel whose receptive field is drawn
+NUM_TIMED = 8  # images by which the sampler is tried
 
 
 def network_inputs(network, x, labels):
     """Return the network's arguments: images x (N, 1, 28, 28), and one-hot labels if it is conditional."""
-    if isinstance(network, ConditionalPixelCNN):
-        return x, F.one_hot(labels, NUM_CLASSES).float()
-    return (x,)
+    x = x.to(next(network.parameters()))
+    return (x, F.one_hot(labels, NUM_CLASSES).to(x)) if isinstance(network, ConditionalPixelCNN) else (x,)
 
 
 def binarize_test(images, how, num_draws=1):
@@ -41,36 +39,29 @@ def binarize_test(images, how, num_draws=1):
 @torch.no_grad()
 def pixel_nll(network, x, labels, batch_size=250):
     """Return -log p(x_i | x_1, ..., x_{i-1}) of every pixel in nats, (N, 1, 28, 28), for images x in {0, 1}."""
-    nll = []
-    silent = None if parallel.is_first() else True  # None: silent unless the output is a terminal
-    chunks = tqdm(x.split(batch_size), "evaluation", unit="batch", disable=silent, leave=False)
-    for some, their_labels in zip(chunks, labels.split(batch_size)):
+    nll, parts = [], [*zip(x.split(batch_size), labels.split(batch_size))]
+    for some, their_labels in progress(parts, "likelihoods"):
         logits = network(*network_inputs(network, some, their_labels)).float()
         nll.append(F.binary_cross_entropy_with_logits(logits, some, reduction="none"))
     return torch.cat(nll)
 
 
 def evaluate(network, images, labels, how):
-    """Return the mean NLL of uint8 images in nats per image, in eval mode; torchrun's processes share the work."""
+    """Return the mean NLL of uint8 images in nats per image, in eval mode."""
     was_training = network.training
-    x, labels = parallel.shard(binarize_test(images, how), labels)
-    nats = pixel_nll(network.eval(), x, labels).sum().item()
+    nats = pixel_nll(network.eval(), binarize_test(images, how), labels).sum().item()
     network.train(was_training)
-    return parallel.total([nats], images.device)[0] / len(images)
+    return nats / len(images)
 
 
 def bits_per_pixel(nll):
-    """Convert nats per image to bits per pixel."""
-    return nll / (NUM_PIXELS * math.log(2))
+    return nll / (NUM_PIXELS * math.log(2))  # nats per image
 
 
 def label_log_likelihoods(network, x):
     """Return log p(x | y) for each label y, (N, 10) in nats; the largest belongs to the most likely label (Bayes)."""
-    columns = []
-    for label in range(NUM_CLASSES):
-        labels = torch.full((len(x),), label, device=x.device)
-        columns.append(-pixel_nll(network, x, labels).sum((1, 2, 3)))
-    return torch.stack(columns, 1)
+    labels = torch.arange(NUM_CLASSES, device=x.device).repeat(len(x), 1)
+    return torch.stack([-pixel_nll(network, x, each).sum((1, 2, 3)) for each in labels.T], 1)
 
 
 def receptive_field(network, x, labels, pixel, batch_size=100):
@@ -84,82 +75,127 @@ def receptive_field(network, x, labels, pixel, batch_size=100):
     return total / len(x)
 
 
+def sample_images(network, labels, generator=None, given=None):
+    """Draw an image in {0, 1} for each of `labels` (N,), which only a conditional network is told.
+
+    A network without a method `sample` draws by its forward pass. `given` are uppermost rows, (N, 1, rows, 28).
+    """
+    if hasattr(network, "sample"):
+        what = labels if isinstance(network, ConditionalPixelCNN) else len(labels)
+        return network.sample(what, generator, **({} if given is None else {"given": given}))
+    shape = len(labels), *IMAGE_SHAPE
+    _, *y = network_inputs(network, torch.zeros(shape), labels)
+    return ar_sampler.draw_images(network, shape, generator, given=given, y=y)
+
+
 def sample_evenly(network, count, generator):
     """Draw (count, 1, 28, 28) images; a conditional network is asked for the digits in turn."""
-    conditional = isinstance(network, ConditionalPixelCNN)
-    return network.sample(torch.arange(count) % NUM_CLASSES if conditional else count, generator)
+    return sample_images(network, torch.arange(count) % NUM_CLASSES, generator)
 
 
-def draw_losses(path, history, how):
-    """Draw the NLL over the epochs. The much higher value before the training stands in the legend."""
-    curves = {"training images": history["train_nll"]}
+@torch.no_grad()
+def num_judged(network):
+    """Return how many samples to judge: few, and a line says so, if each pixel needs a pass of the whole network."""
+    x, *y = network_inputs(network, torch.zeros(NUM_TIMED, *IMAGE_SHAPE), torch.arange(NUM_TIMED))
+    if ar_sampler.can_cache(network, x.shape, y):
+        return metrics.NUM_JUDGED
+    started, few = time.perf_counter(), metrics.NUM_JUDGED_QUICKLY
+    network(x, *y)
+    minutes = few / NUM_TIMED * NUM_PIXELS * (time.perf_counter() - started) / 60
+    machine.say(
+        f"a pixel needs a pass of the whole network: {few} samples, the most we judge, take {minutes:.1f} min"
+    )
+    return few
+
+
+def draw_losses(path, history, batches, how):
+    """Draw the NLL over the epochs, of a short training over its batches. The value before it is in the legend."""
     before, *after = history["test_nll"]
-    curves[f"test images ({before:.0f} before training)"] = [None, *after]
-    plotting.save_curves(path, history["epoch"], [(f"NLL, {how} pixels\n(nats per image)", curves, {})])
+    label = f"NLL, {how} pixels\n(nats per image)"
+    if history["epoch"][-1] < plotting.FEW_EPOCHS:
+        return plotting.save_batches(path, batches, label, {"test images at the end": after[-1]})
+    test = f"test images ({before:.0f} before training)"
+    curves = {"training images": history["train_nll"], test: [None, *after]}
+    plotting.save_curves(path, history["epoch"], [(label, curves, {})])
+
+
+def first_of_each(labels):
+    return [(labels == label).nonzero()[0].item() for label in labels.unique()]
 
 
 def draw_samples(run, network, test_set, unconditional=None):
     """Draw the figures that need samples; `unconditional` is a network to compare a conditional one with, or None."""
-    images, labels = test_set
-    conditional = isinstance(network, ConditionalPixelCNN)
-    noise = torch.Generator().manual_seed(run.args.seed)
-    count = run.args.count or 10 * COLUMNS
-    digits = torch.arange(NUM_CLASSES).repeat_interleave(COLUMNS)
-    samples = network.sample(digits if conditional else count, noise)
-    names = range(NUM_CLASSES) if conditional else ()
+    args, conditional = run.args, isinstance(network, ConditionalPixelCNN)
+    real, test_labels = binarize_test(test_set[0], run.options["binarize"]), test_set[1]
+    if max(args.complete or [0]) >= len(real):
+        raise files.UserError(f"--complete takes numbers below {len(real)}, not {max(args.complete)}")
+    num_judged(network)  # says if drawing takes long
+    noise = torch.Generator().manual_seed(args.seed)
+
+    def draw(labels, network=network):
+        parts = progress(labels.split(CHUNK), "images drawn")
+        return torch.cat([sample_images(network, some, noise) for some in parts])
+
+    labels = torch.arange(args.count or NUM_SAMPLES)  # with --count the digits in turn, else a row of each
+    labels = labels % NUM_CLASSES if args.count else labels // COLUMNS
+    samples = draw(labels)
+    names = range(NUM_CLASSES) if conditional and not args.count else ()
     run.draw("samples.png", plotting.save_images, samples, COLUMNS, names)
-    real = binarize_test(images, run.options["binarize"])
-    run.draw("completions.png", draw_completions, network, real, labels, noise)
-    run.draw("drawing.gif", draw_drawing, network, samples[:: max(1, len(samples) // COLUMNS)][:COLUMNS])
+    chosen = args.complete or first_of_each(test_labels)
+    run.draw("completions.png", draw_completions, network, real[chosen], test_labels[chosen], noise)
+    shown = first_of_each(labels)
+    run.draw("drawing.gif", draw_drawing, network, samples[shown], labels[shown])
     if not conditional:
         return
-    digit = DIGIT if run.args.digit is None else run.args.digit
-    chosen = network.sample(torch.full((count,), digit), noise)
-    title = f"samples of the digit {digit}"
-    run.draw("samples_digit.png", plotting.save_images, chosen, COLUMNS, title=title)
+    digit = DIGIT if args.digit is None else args.digit
+    of_digit, title = draw(torch.full_like(labels, digit)), f"samples of the digit {digit}"
+    run.draw("samples_digit.png", plotting.save_images, of_digit, COLUMNS, title=title)
     grids = {"real": real[:NUM_COMPARED]}
     if unconditional is not None:
-        grids["unconditional"] = unconditional.sample(NUM_COMPARED, noise)
-    chosen = torch.randperm(len(samples), generator=noise)[:NUM_COMPARED]
-    grids["class-conditional"] = samples[chosen]
-    run.draw("comparison.png", draw_comparison, grids, run.args.dataset)
+        grids["unconditional"] = draw(torch.zeros(NUM_COMPARED), unconditional)
+    grids["class-conditional"] = samples[torch.randperm(len(samples), generator=noise)[:NUM_COMPARED]]
+    run.draw("comparison.png", draw_comparison, grids, args.dataset)
 
 
 @torch.no_grad()
-def draw_drawing(path, network, samples):
-    """Draw how samples, number i of the digit i, appear pixel by pixel beside the predicted probability of white."""
-    logits = network(*network_inputs(network, samples, torch.arange(len(samples), device=samples.device)))
-    panels = {"pixels drawn": samples, "predicted probability of white": logits.float().sigmoid()}
-    counts = torch.arange(0, NUM_PIXELS + 1, PIXELS_A_FRAME).reshape(-1, 1, 1, 1, 1)
-    drawn = torch.arange(NUM_PIXELS).reshape(28, 28) < counts  # (frames, 1, 1, 28, 28)
-    frames = {title: torch.where(drawn, images.cpu(), math.nan) for title, images in panels.items()}
-    figures.save_gif(path, frames, columns=5)
+def draw_drawing(path, network, samples, labels):
+    """Draw how samples (N, 1, 28, 28) of labels (N,) appear pixel by pixel above the predicted probability of white."""
+    logits = network(*network_inputs(network, samples, labels.to(samples.device)))
+    rows = torch.cat([samples.float(), logits.float().sigmoid()]).cpu()
+    counts = torch.arange(0, NUM_PIXELS + 1, PIXELS_A_FRAME)
+    drawn = torch.arange(NUM_PIXELS).reshape(28, 28) < counts.reshape(-1, 1, 1, 1, 1)
+    captions = [f"{count} of {NUM_PIXELS} pixels" for count in counts.tolist()]
+    frames = torch.where(drawn, rows, math.nan)  # (frames, 2 * N, 1, 28, 28)
+    figures.save_gif(path, frames, len(samples), captions, ["drawn", "probability of white"])
 
 
 def draw_comparison(path, grids, dataset):
     """Draw grids of images by title. A frame marks images of which the classifier is not sure."""
-    marked = {}
-    if metrics.load_classifier(dataset=dataset):
+    columns, marked, note = {title: [images] for title, images in grids.items()}, {}, ""
+    if metrics.has_classifier(dataset):
+        note = f"in a frame: the digit classifier is less than {100 * SURE:.0f} % sure of its digit"
         for title, images in grids.items():
-            sureness = metrics.probabilities(images, dataset).max(1).values
-            marked[title] = (sureness < SURE).nonzero().flatten().tolist()
-    columns = {title: [images] for title, images in grids.items()}
-    plotting.save_grid_table(path, columns, math.isqrt(NUM_COMPARED), marked=marked)
+            unsure = metrics.probabilities(images, dataset).max(1).values < SURE
+            marked[title] = unsure.nonzero().flatten().tolist()
+    plotting.save_grid_table(path, columns, math.isqrt(NUM_COMPARED), marked=marked, note=note)
 
 
-def draw_completions(path, network, real, labels, noise):
-    """Draw the first test digit of each class, its upper half, and ten completions of the half by the network."""
-    first = [(labels == label).nonzero()[0].item() for label in labels.unique()]
-    originals, names = real[first], labels[first]
-    repeated = names.repeat_interleave(COLUMNS)
-    whose = repeated if isinstance(network, ConditionalPixelCNN) else len(repeated)
-    given = originals[:, :, :ROWS_GIVEN].repeat_interleave(COLUMNS, 0)
-    completed = network.sample(whose, noise, given=given).unflatten(0, (-1, COLUMNS))
-    halves = originals.clone()
-    halves[:, :, ROWS_GIVEN:] = 0.5
+def draw_completions(path, network, originals, labels, noise):
+    """Draw test digits (N, 1, 28, 28), their upper halves, and ten completions of each half by the network."""
+    given = originals[:, :, :ROWS_GIVEN]
+    of_each = labels.repeat_interleave(COLUMNS), noise, given.repeat_interleave(COLUMNS, 0)
+    completed = sample_images(network, *of_each).unflatten(0, (-1, COLUMNS))
+    halves = F.pad(given, (0, 0, 0, 28 - ROWS_GIVEN), value=0.5)
     rows = torch.cat([originals[:, None], halves[:, None], completed], 1).flatten(0, 1)
     headings = {"real": 0, "half": 1, "completions": (COLUMNS + 3) / 2}
-    plotting.save_images(path, rows, COLUMNS + 2, names.tolist(), scale=0.28, headings=headings)
+    plotting.save_images(path, rows, COLUMNS + 2, labels.tolist(), scale=0.28, headings=headings)
+
+
+def draw_nll_digits(path, nll, labels, how):
+    """Draw the mean NLL of each digit; nll is (N, 1, 28, 28)."""
+    of_each = [nll[labels == digit].sum((1, 2, 3)) for digit in range(NUM_CLASSES)]
+    means = [nats.mean().nan_to_num().item() for nats in of_each]
+    plotting.save_bars(path, range(NUM_CLASSES), means, "digit", f"test NLL\n(nats per image, {how})")
 
 
 def write_metrics(run, network, train_set, test_set):
@@ -173,39 +209,28 @@ def write_metrics(run, network, train_set, test_set):
     train_nll = nll_of_draws(network, *(each[: len(images)] for each in train_set), how)
     run.draw("nll_map.png", plotting.save_map, nll.mean((0, 1, 2)), f"test NLL (nats per pixel, {how})")
     run.draw("nll_digits.png", draw_nll_digits, nll.mean(0), labels, how)
-    field = receptive_field(network, x[:NUM_PROBED], labels[:NUM_PROBED], SEEN_FROM)
+    field = receptive_field(network, x[:1000], labels[:1000], SEEN_FROM)
     run.draw("receptive_field.png", plotting.save_receptive_field, field, SEEN_FROM)
     given = "x_1, ..., x_{i-1}" + (", y" if conditional else "")
-    formula, unit = f"-sum_i log p(x_i | {given}), mean over images", "nats per image"
-    over = f"first {len(images)} training images"
+    what = "nats per image", f"-sum_i log p(x_i | {given}), mean over images"
+    bits = "bits per pixel", "test_nll / (784 log 2)"
     values, more = independent_values(nll), dict(draws=len(nll), **protocol)
+    over = dict(over=f"first {len(images)} training images", **more)
     results = dict(
-        test_nll=files.metric(values, unit, formula, **more),
-        test_bits=files.metric(bits_per_pixel(values), "bits per pixel", "test_nll / (784 log 2)", **more),
-        train_nll=files.metric(independent_values(train_nll), unit, formula, over=over, **more),
+        test_nll=files.metric(values, *what, **more),
+        test_bits=files.metric(bits_per_pixel(values), *bits, **more),
+        train_nll=files.metric(independent_values(train_nll), *what, **over),
     )
+    per_image = dict(nll=nll.sum((2, 3, 4)))
     if conditional:
-        results |= label_metrics(run, network, x, labels, protocol)
-    samples, quality = metrics.judge_sampler(run, partial(sample_evenly, network), how)
+        of_labels, mixture_nll = label_metrics(run, network, x, labels, protocol)
+        results, per_image["mixture_nll"] = results | of_labels, mixture_nll[None]
+    metrics.save_per_image(run.folder, binarize_test(images, how, len(nll)), per_image)
+    samples, quality = metrics.judge_sampler(run, partial(sample_evenly, network), how, num_judged(network))
     results |= quality
-    if metrics.load_classifier(dataset=run.args.dataset):
+    if metrics.has_classifier(run.args.dataset):
         results |= classifier_metrics(samples, x, conditional, run.args.dataset)
-    run.finish(HEADLINE, **results)
-
-
-def classifier_metrics(samples, real, conditional, dataset):
-    """Return how often the digit classifier is unsure, and how often it sees the digit of `sample_evenly`."""
-    unsure, unsure_real = (metrics.probabilities(x, dataset).max(1).values < SURE for x in (samples, real))
-    what = f"the digit classifier gives no digit a probability of {SURE:.0%}"
-    more = dict(samples=len(samples))
-    floor = unsure_real.double().mean().item()
-    results = dict(unsure=files.metric(unsure, "share of samples", what, floor=floor, **more))
-    if conditional:
-        recognised = metrics.classify(samples, dataset) == torch.arange(len(samples)) % NUM_CLASSES
-        more["by_digit"] = recognised.reshape(-1, NUM_CLASSES).double().mean(0).tolist()
-        what = "the digit classifier sees the digit that was asked for"
-        results["recognised"] = files.metric(recognised, "share of samples", what, **more)
-    return results
+    run.finish(("test_nll", "train_nll", "recognised"), **results)
 
 
 def nll_of_draws(network, images, labels, how):
@@ -221,8 +246,23 @@ def independent_values(nll):
     return totals.mean(1) if len(totals) > 1 else totals[0]
 
 
+def classifier_metrics(samples, real, conditional, dataset):
+    """Return how often the digit classifier is unsure, and how often it sees the digit of `sample_evenly`."""
+    of_class, of_class_real = (metrics.probabilities(x, dataset).max(1) for x in (samples, real))
+    unit, count = "share of samples", len(samples)
+    what = f"the digit classifier gives no digit a probability of {SURE:.0%}"
+    floor = (of_class_real.values < SURE).double().mean().item()
+    results = dict(unsure=files.metric(of_class.values < SURE, unit, what, floor=floor, samples=count))
+    if conditional:
+        hits = of_class.indices == torch.arange(count) % NUM_CLASSES
+        by_digit = hits.reshape(-1, NUM_CLASSES).double().mean(0).tolist()
+        what = "the digit classifier sees the digit that was asked for"
+        results["recognised"] = files.metric(hits, unit, what, samples=count, by_digit=by_digit)
+    return results
+
+
 def label_metrics(run, network, x, labels, protocol):
-    """Return the metrics of a conditional network as a classifier and as a mixture over labels; draw bayes.png."""
+    """Return the metrics of a network as a classifier and as a mixture over labels, and the mixture's NLL, (N,)."""
     with machine.autocast(run.device, run.options["precision"]):
         log_likelihoods = label_log_likelihoods(network, x)
     guesses = log_likelihoods.argmax(1)
@@ -231,15 +271,8 @@ def label_metrics(run, network, x, labels, protocol):
     precision = "in the precision of the training"
     guess = f"argmax_y log p(x | y) is the label; {precision}"
     mixture = f"-log 1/10 sum_y p(x | y), which is told no label, mean over images; {precision}"
-    return dict(
+    entries = dict(
         bayes_accuracy=files.metric(guesses == labels, "share of test images", guess, **protocol),
         mixture_nll=files.metric(mixture_nll, "nats per image", mixture, **protocol),
     )
-
-
-def draw_nll_digits(path, nll, labels, how):
-    """Draw the mean NLL of each digit; nll is (N, 1, 28, 28)."""
-    labels, nats = labels.cpu(), nll.sum((1, 2, 3)).cpu()
-    sums = torch.zeros(NUM_CLASSES).index_add(0, labels, nats)
-    means = (sums / labels.bincount(minlength=NUM_CLASSES).clamp(min=1)).tolist()
-    plotting.save_bars(path, range(NUM_CLASSES), means, "digit", f"test NLL\n(nats per image, {how})")
+    return entries, mixture_nll

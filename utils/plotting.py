@@ -1,12 +1,12 @@
 """The kinds of figure that the three steps and the ablations draw, each in a function that writes its file."""
 
 import math
+from functools import partial
 
 import numpy as np
 import torch
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
-from torch.nn.functional import pad
 
 from utils.figures import COLORS, HALF, WIDTH, draw_images, new_figure, our_style, save
 
@@ -14,6 +14,7 @@ from utils.figures import COLORS, HALF, WIDTH, draw_images, new_figure, our_styl
 COLOR_CODES = "332288 CC6677 117733 DDCC77 88CCEE 882255 44AA99 999933 AA4499 EE7733"
 DIGIT_COLORS = [f"#{code}" for code in COLOR_CODES.split()]
 MARKERS = "os^"  # for COLORS
+FEW_EPOCHS = 3  # of fewer there are no curves, and losses are drawn over the batches
 
 
 def save_images(path, images, columns, *labels, **options):
@@ -21,15 +22,17 @@ def save_images(path, images, columns, *labels, **options):
     save(draw_images(images, columns, *labels, **options), path, vector=False)
 
 
-def save_grid_table(path, columns, images_across, row_labels=("",), marked=()):
-    """Write a table of image grids as PNG.
+def save_grid_table(path, columns, images_across, row_labels=("",), marked=(), note=""):
+    """Write a table of image grids as PNG, with a note below it.
 
     `columns` maps titles to a grid for each row, (N, 1, H, W), and `marked` to the indices of images to be framed.
     """
     largest = max(len(images) for grids in columns.values() for images in grids)
     height = WIDTH / len(columns) * math.ceil(largest / images_across) / images_across
-    size = WIDTH, height * len(row_labels) + 0.2
-    with new_figure(path, *size, len(row_labels), len(columns), vector=False, squeeze=False) as (_, axes):
+    size = WIDTH, height * len(row_labels) + (0.35 if note else 0.2)
+    shape = len(row_labels), len(columns)
+    with new_figure(path, *size, *shape, vector=False, squeeze=False) as (figure, axes):
+        figure.supxlabel(note, fontsize="medium")
         for column, (title, grids) in zip(axes.T, columns.items()):
             for axis, images in zip(column, grids):
                 draw_images(images, images_across, axis=axis, marked=dict(marked).get(title, ()))
@@ -38,11 +41,13 @@ def save_grid_table(path, columns, images_across, row_labels=("",), marked=()):
             axis.set_ylabel(label)
 
 
-def save_strips(path, strips, xlabel, ylim):
+def save_strips(path, strips, xlabel):
     """Write a page of strips (name, x, curves by label, images)."""
     size = WIDTH, min(0.36 * len(strips), 8.6) + 0.6  # all strips fit on a page
+    longest = max(x[-1] for _, x, _, _ in strips)
+    heights = np.concatenate([curve for _, _, curves, _ in strips for curve in curves.values()])
+    ylim = math.floor(10 * heights.min()) / 10, math.ceil(10 * heights.max()) / 10
     with new_figure(path, *size, len(strips), 2, squeeze=False, width_ratios=[1, 3]) as (figure, axes):
-        longest = max(x[-1] for _, x, _, _ in strips)
         for (left, right), (name, x, curves, images) in zip(axes, strips):
             for label, values in curves.items():
                 left.plot(x, values, linewidth=1, label=label)
@@ -57,8 +62,8 @@ def save_strips(path, strips, xlabel, ylim):
 
 
 @our_style()
-def draw_latent_plane(images, side):
-    """Return a figure of images (side^2, 1, H, W) at quantiles of the prior: z_1 to the right, z_2 upwards."""
+def save_latent_plane(path, images, side):
+    """Write images (side^2, 1, H, W) at quantiles of the prior as PNG: z_1 to the right, z_2 upwards."""
     figure = draw_images(images, side, scale=HALF / side * 0.9)
     axis = figure.axes[0]
     height, width = axis.images[0].get_size()
@@ -67,39 +72,14 @@ def draw_latent_plane(images, side):
     labels = [f"${value:g}$" for value in values.tolist()]
     axis.set_xticks(below * width - 0.5, labels)
     axis.set_yticks((1 - below) * height - 0.5, labels)
-    axis.set(xlabel="$z_1$", ylabel="$z_2$")
+    axis.set(xlabel="$z_1$, quantiles of the prior", ylabel="$z_2$, quantiles of the prior")
     axis.tick_params(length=3, labeltop=False, labelbottom=True)
-    return figure
-
-
-@our_style()
-def save_territories(path, images, side, digits):
-    """Write a latent plane in negative, and the territory of each digit; `digits` (R, R) cover the same plane."""
-    digits = digits.cpu()
-    figure = draw_latent_plane(1 - images, side)
-    axis = figure.axes[0]
-    height, width = axis.images[0].get_size()
-    place = {"extent": (-0.5, width - 0.5, height - 0.5, -0.5), "origin": "upper"}
-    axis.imshow(digits.numpy(), ListedColormap(DIGIT_COLORS), vmin=0, vmax=9, alpha=0.3, **place)
-    for digit in digits.unique().tolist():
-        inside = digits == digit
-        if not inside.all():
-            axis.contour(inside.numpy(), [0.5], colors=[DIGIT_COLORS[digit]], linewidths=1.5, **place)
-        points, others = inside.nonzero(), pad(~inside, (1, 1, 1, 1), value=True).nonzero() - 1
-        room = torch.cdist(points.float(), others.float()).min(1).values  # up to the region's border
-        row, column = ((points[room.argmax()] + 0.5) / len(digits)).tolist()  # as a part of the plane
-        _name_digit(axis, column * width - 0.5, row * height - 0.5, digit)
     save(figure, path, vector=False)
-
-
-def _name_digit(axis, x, y, digit):
-    box = {"boxstyle": "circle,pad=0.1", "facecolor": "white", "edgecolor": DIGIT_COLORS[digit]}
-    axis.text(x, y, digit, weight="bold", ha="center", va="center", bbox=box)
 
 
 def save_scatter(path, points, labels, title):
     """Write points (N, 2) of the latent plane. Each digit is named where its points outnumber the others most."""
-    spacing = points.std().item() / 4
+    spacing = max(points.std().item() / 4, 1e-6)
     cells, index = (points / spacing).round().unique(dim=0, return_inverse=True)
     counts = torch.zeros(len(cells), 10).index_put((index, labels), torch.ones(len(points)), accumulate=True)
     places = spacing * cells[(2 * counts - counts.sum(1, keepdim=True)).argmax(0)]
@@ -107,8 +87,10 @@ def save_scatter(path, points, labels, title):
         colors = np.array(DIGIT_COLORS)[labels]
         axis.scatter(*points.numpy().T, 1.5, colors, alpha=0.5, linewidths=0, rasterized=True)
         for digit in labels.unique().tolist():
-            _name_digit(axis, *places[digit].tolist(), digit)
-        axis.set(xlabel="$z_1$", ylabel="$z_2$", title=title, aspect="equal")
+            box = dict(boxstyle="circle,pad=0.1", facecolor="white", edgecolor=DIGIT_COLORS[digit])
+            axis.text(*places[digit].tolist(), digit, weight="bold", ha="center", va="center", bbox=box)
+        axis.set(xlabel="$z_1$", ylabel="$z_2$", title=title)
+        axis.set_aspect("equal", adjustable="datalim")
 
 
 def save_curves(path, x, panels, xlabel="epoch", smooth=1, log=()):
@@ -127,11 +109,19 @@ def save_curves(path, x, panels, xlabel="epoch", smooth=1, log=()):
             for color, (label, height) in zip(colors, references.items()):
                 axis.axhline(height, color=color, linestyle="-.", linewidth=0.8, label=label)
             axis.set(xlabel=xlabel, ylabel=ylabel)
-            axis.xaxis.set_major_locator(
-                MaxNLocator(min(6, 12 // len(panels)), integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])
-            )
+            if min(x) == max(x):
+                axis.set_xlim(max(0, x[0] - 1), x[0] + 1)
+            ticks = dict(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])
+            axis.xaxis.set_major_locator(MaxNLocator(min(6, 12 // len(panels)), **ticks))
             _set_logarithmic(axis, log)
             named = _draw_legend(axis, named)
+
+
+def save_batches(path, batches, ylabel, references):
+    """Write the loss over the batches of a short training, a table with iteration and loss."""
+    panel = ylabel, {"training batches": batches["loss"]}, references
+    smooth = 1 + len(batches["loss"]) // 20
+    save_curves(path, batches["iteration"], [panel], "batch", smooth)
 
 
 def _set_logarithmic(axis, log):
@@ -157,21 +147,20 @@ def _draw_legend(axis, known=()):
 def _running_means(x, values, width):
     """Return the last x of each window of `width` points, and the mean of the window without None and NaN."""
     values = np.array(values, dtype=float)
-    known = np.isfinite(values)
-    width = min(width, len(values))
-    sums = np.convolve(np.where(known, values, 0), np.ones(width), mode="valid")
-    counts = np.convolve(known, np.ones(width), mode="valid")
-    return np.asarray(x)[width - 1 :][counts > 0], sums[counts > 0] / counts[counts > 0]
+    known, window = np.isfinite(values), np.ones(min(width, len(values)))
+    sums, counts = (np.convolve(each, window, mode="valid") for each in (np.where(known, values, 0), known))
+    return np.asarray(x)[len(window) - 1 :][counts > 0], sums[counts > 0] / counts[counts > 0]
 
 
 def save_optimal_discriminator(path, x, panels):
-    """Write panels of (title, trained D, formula of D, [p_data, p_g]), which are tensors (N,) over x."""
+    """Write panels of (title, trained D, p_data, p_g), tensors (N,) over x, and the formula of the best D."""
     with new_figure(path, WIDTH, 2.2, 1, len(panels), sharey=True) as (figure, axes):
-        for axis, (title, trained, formula, densities) in zip(axes, panels):
-            hatches = {"$p_{data}$": "", "$p_g$": "////"}
-            for color, (label, hatch), density in zip(COLORS[2:], hatches.items(), densities):
-                axis.fill_between(x, density, alpha=0.3, color=color, hatch=hatch, linewidth=0, label=label)
-            axis.plot(x, formula, "-", color=COLORS[4], linewidth=4, label="$p_{data} / (p_{data} + p_g)$")
+        for axis, (title, trained, p_data, p_g) in zip(axes, panels):
+            fill = partial(axis.fill_between, x, alpha=0.3, linewidth=0)
+            fill(p_data, color=COLORS[2], label="$p_{data}$")
+            fill(p_g, color=COLORS[3], hatch="////", label="$p_g$")
+            best = p_data / (p_data + p_g)
+            axis.plot(x, best, "-", color=COLORS[4], linewidth=4, label="$p_{data} / (p_{data} + p_g)$")
             axis.plot(x, trained, "-", color=COLORS[0], linewidth=1.2, label="$D(x)$, trained")
             axis.axhline(0.5, color="black", linestyle="--", linewidth=1, label="1/2")
             axis.set(xlabel="x", title=title, ylim=(0, 1))
@@ -219,20 +208,21 @@ def save_confusion(path, labels, guesses, xlabel):
     with new_figure(path, HALF, HALF) as (_, axis):
         axis.imshow(mistakes.numpy(), cmap="Blues", vmax=max(1, 2 * mistakes.max().item()))
         for row, column in counts.nonzero().tolist():
-            axis.text(column, row, counts[row, column].item(), ha="center", va="center")
+            axis.text(column, row, counts[row, column].item(), ha="center", va="center", fontsize=7)
         axis.set(xticks=range(10), yticks=range(10), xlabel=xlabel, ylabel="digit")
         axis.grid(False)
 
 
-def save_ablation(path, rows, panels, log=()):
-    """Write the means and standard deviations of variants, and lines at the means of the first one, the default.
+def save_ablation(path, rows, panels, log=(), note=""):
+    """Write the means and standard deviations of variants, lines at the means of the first one, the default, and a note.
 
     `rows` are dicts with a "variant", and KEY_mean and KEY_std for the keys in `panels`, which maps xlabels to keys by
     their labels. A panel is left out if the rows lack its keys. Axes with labels in `log` are logarithmic.
     """
     panels = {x: keys for x, keys in panels.items() if all(f"{key}_mean" in rows[0] for key in keys.values())}
     size, at = (WIDTH, 0.17 * len(rows) + 0.7), range(len(rows))
-    with new_figure(path, *size, 1, len(panels), sharey=True, squeeze=False) as (_, [axes]):
+    with new_figure(path, *size, 1, len(panels), sharey=True, squeeze=False) as (figure, [axes]):
+        figure.supxlabel(note, fontsize="medium")
         for axis, (xlabel, keys) in zip(axes, panels.items()):
             for (label, key), color, marker in zip(keys.items(), COLORS, MARKERS):
                 means = np.array([row[f"{key}_mean"] for row in rows], float)  # None becomes NaN

@@ -1,7 +1,6 @@
 """Train the digit classifier of the metrics: `python -m utils.train_classifier`.
 
 It learns from grey digits and from both binarisations, shifted by up to a pixel, so that it can judge all three steps.
-
 It writes the files of any run, and floors.json with the metrics of 10,000 real images, into results/classifier/.
 """
 
@@ -17,8 +16,8 @@ from utils import cli, files, machine, plotting
 from utils.data import NUM_HELD_OUT, binarize
 from utils.metrics import CHUNK, CLASSIFIER_STEP, NUM_SIGMA_IMAGES, compare
 
+STEP, VARIANTS = CLASSIFIER_STEP, {}
 ENCODINGS = ("none", "threshold", "stochastic")
-LARGEST_SHIFT = 1  # pixels
 
 
 def train(
@@ -35,12 +34,12 @@ def train(
     optimizer = torch.optim.Adam(classifier.parameters())
     steps = num_epochs * math.ceil(len(train_set[0]) / batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps)
-    run.track(classifier=classifier, optimizer=optimizer, schedule=schedule)
+    run.resume_or_start(classifier=classifier, optimizer=optimizer, schedule=schedule)
 
-    for epoch in run.epochs(num_epochs):
+    for _ in run.epochs(num_epochs):
         for images, labels in run.batches(*train_set, batch_size=batch_size):
             encoding = ENCODINGS[torch.randint(len(ENCODINGS), ())]
-            shift = torch.randint(-LARGEST_SHIFT, LARGEST_SHIFT + 1, (2,)).tolist()
+            shift = torch.randint(-1, 2, (2,)).tolist()  # pixels
             x = binarize(images, encoding).roll(shift, (2, 3))
             with machine.autocast(run.device, "auto"):
                 logits = classifier(x)
@@ -50,9 +49,9 @@ def train(
             optimizer.step()
             schedule.step()
             run.record(loss=loss)
-        row = dict(**run.means(), accuracy=accuracy(classifier, *test_set, "none"))
-        run.log(epoch=epoch, **row)
-        run.print_epoch(epoch, row)
+        row = dict(**run.pop_means(), accuracy=accuracy(classifier, *test_set, "none"))
+        run.log(epoch=run.epochs_done, **row)
+        run.print_epoch(row)
 
 
 @torch.no_grad()
@@ -71,17 +70,20 @@ def train_and_evaluate(run, train_set, test_set):
     classifier = Classifier().to(run.device, memory_format=torch.channels_last)
     train(run, classifier, train_set, test_set, **run.options)
     run.save_model(classifier)
-    loss = ("cross-entropy (nats)", {"training": run.tables["losses"]["loss"]}, {})
-    share = ("accuracy", {"test, grey": run.tables["losses"]["accuracy"]}, {})
-    run.draw("loss.png", plotting.save_curves, run.tables["losses"]["epoch"], [loss, share], log=loss[:1])
+    history = run.tables["losses"]
+    loss = ("cross-entropy (nats)", {"training": history["loss"]}, {})
+    share = ("accuracy", {"test, grey": history["accuracy"]}, {})
+    run.draw("loss.png", plotting.save_curves, history["epoch"], [loss, share], log=loss[:1])
+    write_metrics(run, classifier, train_set, test_set)
 
-    count, formula = len(test_set[0]), "the likeliest digit is the label"
+
+def write_metrics(run, classifier, train_set, test_set):
+    count, what = len(test_set[0]), ("share of test images", "the likeliest digit is the label")
     parts = train_set[0][:count], train_set[0][-NUM_HELD_OUT:][:NUM_SIGMA_IMAGES], test_set[0]
     floors, entries = {}, {}
     for how in ENCODINGS:
         value = accuracy(classifier, *test_set, how)
-        protocol = dict(pixels=how, test_images=count)
-        entries[f"accuracy_{how}"] = files.metric(value, "share of test images", formula, **protocol)
+        entries[f"accuracy_{how}"] = files.metric(value, *what, pixels=how, test_images=count)
         draw = torch.Generator().manual_seed(0)
         samples, sigma_images, real = (binarize(images, how, draw) for images in parts)
         judged = compare(samples, real, sigma_images, classifier.eval())
@@ -92,8 +94,7 @@ def train_and_evaluate(run, train_set, test_set):
 
 def main(argv=None):
     """Run with a list of flags; return the exit code."""
-    options = dict(step=CLASSIFIER_STEP, training=train, train_and_evaluate=train_and_evaluate, variants={})
-    return cli.main(argv, script=__file__, description=__doc__, **options)
+    return cli.main(sys.modules[__name__], argv)
 
 
 if __name__ == "__main__":

@@ -1,29 +1,29 @@
 """Figures and final metrics of step 3."""
 
-import torch
-from tqdm import tqdm
+from functools import partial
 
+import torch
+
+from models.common import IMAGE_SHAPE
 from models.VAE import loss_terms, reconstruction_loss
 from utils import figures, files, machine, metrics, plotting
 from utils.data import binarize, to_unit
-from utils.likelihoods import active_units, importance_bound, plane_log_likelihood
+from utils.figures import COLUMNS, NUM_SAMPLES
+from utils.likelihoods import active_units, importance_bounds, plane_log_likelihood
+from utils.metrics import CHUNK, NUM_DRAWS
+from utils.prior import draw_codes
 
-HEADLINE = ("test_negative_elbo", "test_bound", "frechet_distance")  # printed at the end
-COLUMNS = 10  # images in a row of a figure
-NUM_SAMPLES = 100  # in samples.png, unless --count says otherwise
 PLANE_SIDE = 15
 SNAPSHOT_SIDE = 10  # of the latent plane that is kept after an epoch, for training.gif
-FINE_SIDE = 60  # points of the plane that the classifier judges, along each side
 WALKS = ((1, 0), (7, 6))  # digits to walk from and to
 WALK_STEPS = 12
-CHUNK = 1000  # images that are encoded or decoded at once
-NUM_DRAWS = 5  # of stochastic pixels and of z, in the final metrics
 # Means over images and draws.
 FORMULAS = dict(
     negative_elbo="-log p(x|z) + KL(q(z|x) || p(z)), one z for each image and draw",
     reconstruction="-log p(x|z), one z for each image and draw",
     kl="1/2 sum_j (sigma_j^2 + mu_j^2 - 1 - log sigma_j^2)",
     bound="-log 1/K sum_k p(x|z_k) p(z_k) / q(z_k|x), z_k from the encoder's q(z|x)",
+    bound_fitted="as test_bound, but p(z) is the prior that was fitted to the codes",
     nll="-log of the integral of p(x|z) p(z) over the latent plane, a sum over a grid",
 )
 # For each kind of test pixels, a suffix of its keys in metrics.json and what it is. Do not compare across kinds.
@@ -37,22 +37,39 @@ PROTOCOLS = {
 @torch.no_grad()
 def evaluate(model, x, batch_size=1000):
     """Return reconstruction term and KL in nats, means over images x in [0, 1] with one draw of z for each."""
-    totals = torch.zeros(2)
+    totals, x = torch.zeros(2), as_inputs(model, x)
     for chunk in x.split(batch_size):
         totals += len(chunk) * torch.stack(loss_terms(model, chunk)).cpu()
     return (totals / len(x)).tolist()
 
 
+def as_inputs(model, x):
+    """Return images x (N, 1, 28, 28) as the encoder takes them, (N, 784) in the precision of the weights."""
+    return x.flatten(1).to(next(model.parameters()))
+
+
 @torch.no_grad()
 def posterior_means(model, images):
     """Return the mean of q(z|x) for grey uint8 images (N, 1, 28, 28): (N, z_size)."""
-    return torch.cat([model.encode(to_unit(chunk))[0] for chunk in images.split(CHUNK)])
+    return torch.cat([model.encode(as_inputs(model, to_unit(chunk)))[0] for chunk in images.split(CHUNK)])
 
 
 @torch.no_grad()
 def decode_images(model, z):
     """Decode z (N, z_size) to images (N, 1, 28, 28) in [0, 1]."""
-    return torch.cat([model.decode(some) for some in z.split(CHUNK)]).reshape(-1, 1, 28, 28)
+    return torch.cat([model.decode(some) for some in z.split(CHUNK)]).reshape(-1, *IMAGE_SHAPE)
+
+
+def sample_images(model, count, generator=None, prior=None):
+    """Decode z ~ N(0, I), or of another prior, to images (count, 1, 28, 28) in [0, 1]; any handout's model will do.
+
+    `generator` is the CPU's, by default a new one with seed 0.
+    """
+    generator = generator or torch.Generator().manual_seed(0)
+    if prior is None and hasattr(model, "sample"):
+        return model.sample(count, generator)
+    z = prior.sample(count, generator) if prior else torch.randn(count, model.z_size, generator=generator)
+    return decode_images(model, z.to(next(model.parameters())))
 
 
 def decode_plane(model, side):
@@ -64,29 +81,43 @@ def decode_plane(model, side):
     return decode_images(model, z.to(next(model.parameters())))
 
 
-def draw_losses(path, history):
-    """Draw the negative ELBO and its terms over the epochs, without the much larger values before the training."""
-    terms = {
-        "negative ELBO": "elbo",
-        "$-\\log p(x|z)$": "reconstruction",
-        "KL$(q(z|x) \\,\\|\\, p(z))$": "kl",
-    }
-    panels, keys = [], {"training images": "train", "test images": "test"}
-    for label, term in terms.items():
-        sign = -1 if term == "elbo" else 1
-        columns = {name: history[f"{key}_{term}"][1:] for name, key in keys.items()}
-        curves = {name: [None, *(sign * nats for nats in column)] for name, column in columns.items()}
+def draw_latent_plane(path, model, side=PLANE_SIDE):
+    """Draw the latent plane, decoded at side x side quantiles of the prior."""
+    plotting.save_latent_plane(path, decode_plane(model, side), side)
+
+
+def draw_losses(path, history, batches):
+    """Draw the negative ELBO and its terms over the epochs, of a short training its loss over the batches.
+
+    The much larger values before the training are left out.
+    """
+    if history["epoch"][-1] < plotting.FEW_EPOCHS:
+        end = {"negative ELBO of test images at the end": -history["test_elbo"][-1]}
+        return plotting.save_batches(path, batches, "loss (nats per image)", end)
+    labels = {"elbo": "negative ELBO", "reconstruction": r"$-\log p(x|z)$", "kl": r"KL$(q(z|x) \,\|\, p(z))$"}
+    panels = []
+    for term, label in labels.items():
+        curves, sign = {}, -1 if term == "elbo" else 1
+        for name, key in (("training images", "train"), ("test images", "test")):
+            curves[name] = [None, *(sign * nats for nats in history[f"{key}_{term}"][1:])]
         panels.append((f"{label} (nats)", curves, {}))
     plotting.save_curves(path, history["epoch"], panels, log=["epoch"])
 
 
-def draw_figures(run, model, images, labels):
-    """Draw samples, reconstructions and the latent space; images (N, 1, 28, 28) are uint8 test images."""
-    samples = model.sample(run.args.count or NUM_SAMPLES, torch.Generator().manual_seed(run.args.seed))
+def draw_figures(run, model, images, labels, prior=None):
+    """Draw samples, reconstructions and the latent space; images (N, 1, 28, 28) are uint8 test images.
+
+    A prior fitted to the codes is for priors.png and, with --prior fitted, for samples.png.
+    """
+    noise = torch.Generator().manual_seed(run.args.seed)
+    sample = partial(sample_images, model, prior=prior if run.args.prior == "fitted" else None)
+    samples = metrics.draw_in_chunks(sample, run.args.count or NUM_SAMPLES, noise)
     run.draw("samples.png", plotting.save_images, samples, COLUMNS)
-    means = posterior_means(model, images)
+    run.draw("latent_plane.png", draw_latent_plane, model)
+    if prior:
+        run.draw("priors.png", draw_priors, model, prior, images)
+    means, x = posterior_means(model, images), to_unit(images)
     decoded = decode_images(model, means)
-    x = to_unit(images)
     rows = torch.stack([each[: 2 * COLUMNS].unflatten(0, (2, COLUMNS)) for each in (x, decoded)], 1)
     names = ["original", "reconstruction"] * 2
     run.draw("reconstructions.png", plotting.save_images, rows.flatten(0, 2), COLUMNS, names)
@@ -94,17 +125,24 @@ def draw_figures(run, model, images, labels):
     run.draw("walk.png", draw_walk, model, images, labels, means)
     if run.snapshots:
         run.draw("training.gif", figures.save_training_gif, run.snapshots, SNAPSHOT_SIDE)
-    points, title = means[:, :2].cpu(), "posterior means of the test digits"
-    run.draw("latent_means.png", plotting.save_scatter, points, labels.cpu(), title)
-    if metrics.load_classifier(dataset=run.args.dataset):
-        digits = metrics.classify(decode_plane(model, FINE_SIDE), run.args.dataset)
-        where = PLANE_SIDE, digits.reshape(FINE_SIDE, FINE_SIDE)
-        run.draw("territories.png", plotting.save_territories, decode_plane(model, PLANE_SIDE), *where)
+    title = "posterior means of the test digits"
+    run.draw("latent_means.png", plotting.save_scatter, means[:, :2].cpu(), labels.cpu(), title)
+
+
+def draw_priors(path, model, prior, images):
+    """Draw images of the prior N(0, I), of the fitted prior, and of codes of test images."""
+    side = 8
+    columns = {
+        "prior N(0, I)": [sample_images(model, side**2)],
+        "fitted prior": [sample_images(model, side**2, prior=prior)],
+        "codes of test images": [decode_images(model, draw_codes(model, images[: side**2]))],
+    }
+    plotting.save_grid_table(path, columns, side)
 
 
 def draw_extremes(path, x, decoded, labels):
     """Draw the best and the worst reconstruction of each digit; decoded (N, 1, 28, 28) are Bernoulli means."""
-    loss = reconstruction_loss(decoded.flatten(1), x)
+    loss = reconstruction_loss(decoded.float().flatten(1), x)
     rows, names = [], []
     for name, sign in (("best", 1), ("worst", -1)):
         order = (sign * loss).argsort()
@@ -121,13 +159,10 @@ def draw_walk(path, model, images, labels, means):
     rows = []
     for digits in WALKS:
         ends = [typical(means, labels, digit) for digit in digits]
-        codes, pixels = (
-            (1 - share) * start + share * end
-            for start, end in (means[ends], to_unit(images[ends]).flatten(1))
-        )
-        rows += [model.decode(codes), pixels]
-    images = torch.cat(rows).reshape(-1, 1, 28, 28)
-    plotting.save_images(path, images, WALK_STEPS, ["latent space", "pixels"] * len(WALKS))
+        codes = torch.lerp(*means[ends], share)
+        pixels = torch.lerp(*to_unit(images[ends]).flatten(1), share)
+        rows += [decode_images(model, codes), pixels.reshape(-1, *IMAGE_SHAPE)]
+    plotting.save_images(path, torch.cat(rows), WALK_STEPS, ["latent space", "pixels"] * len(WALKS))
 
 
 def typical(means, labels, digit):
@@ -145,55 +180,66 @@ def draw_ablation(folder, folders, variants, default_kl_coeff, load_model):
     }
     rows = files.read_csv(folder / "ablation.csv")
     plotting.save_ablation(folder / "ablation.png", rows, panels, log=["Fréchet distance"])
-    weights = {default_kl_coeff: "default"}
-    for name, (_, options) in variants.items():
-        if name in folders and list(options) == ["kl_coeff"]:
-            weights[options["kl_coeff"]] = name
+    shown = {"default": default_kl_coeff}
+    shown |= {
+        name: options["kl_coeff"] for name, (_, options) in variants.items() if [*options] == ["kl_coeff"]
+    }
     table, side = {}, 5
-    for weight, name in sorted(weights.items()):
+    for name in sorted(folders.keys() & shown.keys(), key=shown.get):
         model = load_model(folders[name] / "model.pt")
-        table[f"KL weight {weight:g}"] = model.sample(side**2), decode_plane(model, side)
+        table[f"KL weight {shown[name]:g}"] = sample_images(model, side**2), decode_plane(model, side)
     plotting.save_grid_table(folder / "kl_weights.png", table, side, ["samples", "latent plane"])
 
 
-def write_metrics(run, model, train_set, test_set):
-    """Write metrics.json."""
+def write_metrics(run, model, train_set, test_set, prior=None, results=()):
+    """Write metrics.json; `results` are entries of the fitted prior."""
     thorough = not run.args.held_out  # a run to choose by leaves out what takes long and is not chosen by
-    sizes = dict(train_images=len(train_set[0]), test_images=len(test_set[0]))
-    results = {}
+    sizes, results = dict(train_images=len(train_set[0]), test_images=len(test_set[0])), dict(results)
     for how in PROTOCOLS if thorough else ("stochastic",):
         machine.say(f"bounds of log p(x), pixels {PROTOCOLS[how][1]}")
         with machine.seeded(run.device):
-            results |= bounds(run, model, test_set[0], how, sizes)
+            results |= bounds(run, model, test_set[0], how, sizes, prior)
     machine.say("nearest neighbours, and the quality of samples")
     results |= representation_metrics(model, train_set, test_set, thorough, run.args.dataset, sizes)
-    results |= metrics.judge_sampler(run, model.sample)[1]
-    run.finish(HEADLINE, **results)
+    samples, quality = metrics.judge_sampler(run, partial(sample_images, model))
+    results |= quality
+    if prior:
+        fitted = sample_images(model, len(samples), prior=prior)
+        codes = decode_images(model, draw_codes(model, train_set[0][: len(samples)]))
+        for name, images in (("_fitted", fitted), ("_codes", codes)):
+            results |= metrics.judge_thresholded(run, images.cpu(), name)
+    run.finish(("test_negative_elbo", "test_bound", "frechet_distance"), **results)
 
 
-def bounds(run, model, images, how, sizes):
-    """Return the negative ELBO, its terms and closer bounds in nats, for metrics.json.
+def bounds(run, model, images, how, sizes, prior=None):
+    """Return the negative ELBO, its terms and closer bounds in nats, for metrics.json; write per_image.npz.
 
-    They are means over NUM_DRAWS draws, each with pixels and noise of its own.
+    They are means over NUM_DRAWS draws of pixels and noise. The pixels have a generator of their own, so that models
+    with other latent spaces see the same.
     """
-    suffix, pixels = PROTOCOLS[how]
+    suffix, kind = PROTOCOLS[how]
     trained = run.images_seen >= 10 * sizes["train_images"]  # a short training has a short evaluation
     num_samples = run.args.bound_samples or (5 if run.args.dry_run else 500 if trained else 20)
     spacing = 0.2 if run.args.dry_run else 0.04 if trained else 0.1
-    generator = torch.Generator().manual_seed(0)
-    values = {}
-    for _ in tqdm(range(NUM_DRAWS), "bounds", unit="draw", disable=None, leave=False):
-        x = binarize(images, how, generator)
+    pixels, noise = (torch.Generator().manual_seed(seed) for seed in (0, 1))
+    priors = {"bound": None, "bound_fitted": prior} if prior else {"bound": None}
+    values, per_image, drawn = {}, [], []
+    for _ in range(NUM_DRAWS):
+        x = binarize(images, how, pixels)
         reconstruction, kl = evaluate(model, x)
         terms = dict(negative_elbo=reconstruction + kl, reconstruction=reconstruction, kl=kl)
         if how == "stochastic":
-            terms["bound"] = -importance_bound(model, x, num_samples, generator).mean().item()
+            drawn.append(x)
+            per_image.append(-importance_bounds(model, x, num_samples, noise, [*priors.values()]))
+            terms |= zip(priors, per_image[-1].mean(1).tolist())
             if model.z_size == 2 and not run.args.held_out:
                 terms["nll"] = -plane_log_likelihood(model, x, spacing).mean().item()
         for name, value in terms.items():
             values.setdefault(name, []).append(value)
-    more = dict(pixels=pixels, draws=NUM_DRAWS, **sizes)
-    settings = dict(bound=dict(samples=num_samples), nll=dict(grid_spacing=spacing))
+    if drawn:
+        metrics.save_per_image(run.folder, torch.cat(drawn), dict(zip(priors, torch.stack(per_image, 1))))
+    more = dict(pixels=kind, draws=NUM_DRAWS, **sizes)
+    settings = dict.fromkeys(priors, dict(samples=num_samples)) | dict(nll=dict(grid_spacing=spacing))
     results = {}
     for name, draws in values.items():
         draws = torch.tensor(draws, dtype=torch.float64)
@@ -216,7 +262,7 @@ def representation_metrics(model, train_set, test_set, thorough, dataset, sizes)
         correct = train_labels[metrics.nearest(points, references)] == labels
         formula = f"the nearest training image has the same label, by Euclidean distance of {what}"
         results[f"neighbour_accuracy{suffix}"] = files.metric(correct, share, formula, **sizes)
-    if metrics.load_classifier(dataset=dataset):
+    if metrics.has_classifier(dataset):
         correct = metrics.classify(decode_images(model, means), dataset) == labels.cpu()
         formula = "the digit classifier sees the label in the image decoded from the posterior mean"
         results["reconstruction_accuracy"] = files.metric(correct, share, formula, **sizes)

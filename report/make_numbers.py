@@ -1,368 +1,289 @@
-r"""Writes numbers.tex: every number of the report, out of the files in results/. latexmk calls it.
+r"""Write every number of the report or of the skeleton, out of the files of runs; latexmk calls it.
 
-    python3 make_numbers.py
+`make_numbers.py --results step1=FOLDER step3=FOLDER --author NAME` chooses the runs of the skeleton and keeps them in
+runs.json. There they are named step1, step2, ...; see NAMES. The report always takes the reported runs.
 
 The report names its numbers and never spells them out. A name is the folder of a run, a dot, and what of it:
 
-    \val{step2_pixelcnn.test_nll}{2}               a metric, with two decimals
-    \val{step1_gan.frechet_distance.floor}{1}      another field of its entry
+    \val{step2_pixelcnn.test_nll}{2}               a metric, with two decimals; step1_gan.recall.floor: another field
     \val{step3_vae.learning_rate}{}                a hyperparameter or another entry of config.json, as it is
     \val{step2_pixelcnn.losses.1.test_nll}{1}      losses.csv: a column's mean over the rows of epoch 1 (or `last`);
                                                    losses_std is the standard deviation
-    \val{classifier.floors.none.parzen}{1}         another JSON file of the folder
-    \val{step1_gan.ablation.default.parzen_mean}{1}  another table of the folder: row, column
-    \err{step2_pixelcnn.test_nll}{2}               a metric $\pm$ its standard error, where the run has one; 100* may
-                                                   stand before the name, for per cent
+    \val{step1_gan.ablation.plain.parzen_mean}{1}  another CSV file: epoch or variant, column; or JSON file: keys
     \val{step1_gan.spread.parzen.plain}{2}         standard deviation over the seeds, relative to the mean, pooled over
                                                    the rows of ablation.csv with several seeds, here without `plain`
+    \err{step2_pixelcnn.test_nll}{2}               a metric $\pm$ its standard error; in per cent with 100* before it
+    \err{comparisons.label_gain}{2}                a mean difference of two runs, paired by image, from comparisons.json
     \mean{step1_gan.ablation.default.parzen}{1}    mean $\pm$ standard deviation over the seeds
-    \calc{[step1_gan.wall_time] / 60}{0}           arithmetic with such names; FUNCTIONS are known as well
+    \calc{[step1_gan.wall_time] / 60}{0}           + - * / ** and FUNCTIONS of numbers and of such names
     \run{step1_gan}                                seed, epochs, time and hardware
-    \ablation{step1_gan}{reason, parzen:1:max, wall_time/60:0}
-                                                   a row for each variant: its reason, or its change, and mean and
-                                                   standard deviation of metrics with so many decimals. Bold are
-                                                   the best, and those that would not differ from it with its own
-                                                   standard error. So noise makes nothing bold.
+    \ablation{step1_gan}{reason, parzen:1:max}     a row for each variant: its reason, or its change, and mean and
+                                                   standard deviation of metrics with so many decimals. Bold are the
+                                                   best and what equals it within the error of its mean.
     \source{models/VAE.py}{kl_divergence}          a function or class of the project, as a listing
+    \ownfig{step1}{loss}                           a figure of the run, if TeX has a \figurefile{path}
+    \chosen{step1}                                 the run's folder; \chosen{author} is the author
 
-Only the standard library is needed. What a name does not lead to stops the build and is named, with its place.
+Only the standard library is needed. If a name leads nowhere, it is printed with its place. Then the build of the
+report stops, and the skeleton has -- there.
 """
 
+import argparse
 import ast
 import csv
 import json
 import math
+import os
 import re
 import statistics
-import sys
+from operator import add, mul, sub, truediv
 from pathlib import Path
 
-REPORT = Path(__file__).resolve().parent
-ROOT = REPORT.parent
-COMMANDS = {"val": 2, "err": 2, "mean": 2, "calc": 2, "run": 1, "ablation": 2, "source": 2}
+ROOT = Path(__file__).resolve().parent.parent
+REPORT = ROOT / "report"
+# The runs that the skeleton can have, and their folders, chosen with --results.
+NAMES = ("step1", "step2", "step2_conditional", "step3", "step1_ablation", "step3_ablation")
+choice = {}
 
 
-def dense(*widths):
-    """Weights and biases of fully connected layers between consecutive widths."""
-    return sum((before + 1) * after for before, after in zip(widths, widths[1:]))
-
-
-def masked(mask_type, in_channels, out_channels, kernel_size):
-    """Weights and biases of a masked convolution that the mask lets through."""
-    seen = (kernel_size**2 - 1) // 2 + (mask_type == "B")
-    return (seen * in_channels + 1) * out_channels
-
-
-FUNCTIONS = dict(log=math.log, exp=math.exp, abs=abs, round=round, dense=dense, masked=masked)
-
-
-class Missing(Exception):
-    """A name that leads nowhere."""
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Looking names up
-
-
-def look_up(name, root=ROOT):
-    """The value, or with a field's name that field, at `run.what.more`."""
-    run, *keys = name.split(".")
-    folder = root / "results" / run
-    if not folder.is_dir():
-        raise Missing(f"there is no run {folder}")
-    if not keys:
-        raise Missing(f"{name!r} names a run and nothing of it")
-    if keys[0] in ("losses", "losses_std"):
-        statistic = statistics.fmean if keys[0] == "losses" else statistics.stdev
-        return _of_epoch(folder / "losses.csv", statistic, *keys[1:])
-    if keys[0] == "spread":
-        return _spread(folder / "ablation.csv", *keys[1:])
-    if (folder / f"{keys[0]}.csv").exists() or keys[0] in ("ablation", "seeds"):
-        path = folder / f"{keys[0]}.csv"
-        rows = {row["variant"]: row for row in read_table(path)}
-        *variant, column = keys[1:]  # a variant's name may have a dot in it
-        return _number(_find(rows, [".".join(variant), column], path))
-    if (folder / f"{keys[0]}.json").exists():
-        path = folder / f"{keys[0]}.json"
-        return _find(_read_json(path), keys[1:], path)
-    metrics, config = _read_json(folder / "metrics.json"), _read_json(folder / "config.json")
-    if keys[0] in metrics:
-        return _find(metrics, keys if len(keys) > 1 else [*keys, "value"], folder / "metrics.json")
-    if keys[0] in config:
-        return _find(config, keys, folder / "config.json")
-    if keys[0] in config["hyperparameters"]:
-        return _find(config["hyperparameters"], keys, folder / "config.json")
-    raise Missing(f"{keys[0]!r} is neither in metrics.json nor in config.json of {folder}")
-
-
-def _read_json(path):
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise Missing(f"there is no {path}") from None
+def folder_of(run):
+    """Return the folder of a reported run or of one in NAMES. An ablation may lie in the folder of its step."""
+    if run in NAMES:
+        return ROOT / (choice.get(run) or choice[run.replace("_ablation", "")])
+    return ROOT / "results" / run
 
 
 def read_table(path):
-    """The rows of a CSV file, as dicts of texts."""
-    try:
-        with open(path, newline="") as file:
-            return list(csv.DictReader(file))
-    except FileNotFoundError:
-        raise Missing(f"there is no {path}") from None
+    """Read the rows of a CSV file, as dicts of texts."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
 
 
-def _find(content, keys, path):
-    for key in keys:
-        try:
-            content = content[int(key)] if isinstance(content, list) else content[key]
-        except (KeyError, IndexError, ValueError, TypeError):
-            raise Missing(f"there is no {key!r} of {'.'.join(keys)} in {path}") from None
-    return content
+def look_up(name):
+    """Return the value at `run.what.more`."""
+    run, what, *more = name.split(".")
+    if run == "comparisons":  # results/comparisons.json, whose entries each belong to two runs
+        return json.loads((ROOT / "results" / "comparisons.json").read_text())[what][
+            more[0] if more else "value"
+        ]
+    folder = folder_of(run)
+    if what == "spread":
+        return spread(read_table(folder / "ablation.csv"), *more)
+    table, statistic = (what[:-4], statistics.stdev) if what.endswith("_std") else (what, statistics.fmean)
+    if (folder / f"{table}.csv").exists():
+        rows, *place, column = read_table(folder / f"{table}.csv"), *more
+        key = "variant" if "variant" in rows[0] else "epoch"
+        place = rows[-1][key] if place == ["last"] else ".".join(place)  # names of variants have dots in them
+        return statistic(float(row[column]) for row in rows if row[key] == place and row[column])
+    files = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    if what in files:
+        found = files[what]
+    else:
+        found = {**files["config"]["hyperparameters"], **files["config"], **files["metrics"]}[what]
+        more = more or ["value"] * (what in files["metrics"])
+    for key in more:
+        found = found[int(key) if isinstance(found, list) else key]
+    return found
 
 
-def _of_epoch(path, statistic, epoch="", column=""):
-    rows = read_table(path)
-    if rows and column not in rows[0]:
-        raise Missing(f"{path} has no column {column!r}")
-    epoch = rows[-1]["epoch"] if epoch == "last" else epoch
-    values = [float(row[column]) for row in rows if row["epoch"] == epoch and row[column]]
-    if not values:
-        raise Missing(f"{path} has no {column} in epoch {epoch!r}")
-    return statistic(values)
+def spread(rows, metric, *left_out):
+    """Return the pooled standard deviation over the seeds, relative to the mean."""
+    rows = [row for row in rows if row[f"{metric}_std"] and row["variant"] not in left_out]
+    ratios = [float(row[f"{metric}_std"]) / float(row[f"{metric}_mean"]) for row in rows]
+    freedom = [int(row["seeds"]) - 1 for row in rows]
+    return math.sqrt(sum(n * ratio**2 for n, ratio in zip(freedom, ratios)) / sum(freedom))
 
 
-def _spread(path, metric="", *left_out):
-    try:
-        rows = [row for row in read_table(path) if row[f"{metric}_std"] and row["variant"] not in left_out]
-        ratios = [float(row[f"{metric}_std"]) / float(row[f"{metric}_mean"]) for row in rows]
-        freedom = [int(row["seeds"]) - 1 for row in rows]
-        return math.sqrt(sum(n * ratio**2 for n, ratio in zip(freedom, ratios)) / sum(freedom))
-    except (KeyError, ZeroDivisionError):
-        raise Missing(f"{path} has no spread of {metric!r} over seeds") from None
+def dense(*widths):
+    """Count weights and biases of fully connected layers. The consecutive widths are numbers and lists."""
+    flat = [width for each in widths for width in (each if isinstance(each, list) else [each])]
+    return sum((before + 1) * after for before, after in zip(flat, flat[1:]))
 
 
-def _number(text):
-    try:
-        return float(text)
-    except (TypeError, ValueError):
-        return text or None
+OPERATORS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv, ast.Pow: pow}
+FUNCTIONS = dict(exp=math.exp, log=math.log, round=round, dense=dense, reverse=lambda widths: widths[::-1])
 
 
-# ---------------------------------------------------------------------------------------------------------
-# What each command becomes
+def compute(node):
+    """Compute a node of Python's syntax tree out of numbers, lists, OPERATORS and FUNCTIONS."""
+    if isinstance(node, ast.BinOp):
+        return OPERATORS[type(node.op)](compute(node.left), compute(node.right))
+    if isinstance(node, ast.Call):
+        return FUNCTIONS[node.func.id](*map(compute, node.args))
+    return ast.literal_eval(node)
 
 
-def val(name, decimals, root=ROOT):
-    return written(look_up(name, root), decimals)
-
-
-def err(name, decimals, root=ROOT):
-    name, scale = (name[4:], 100) if name.startswith("100*") else (name, 1)
-    text = written(scale * look_up(name, root), decimals)
-    try:
-        error = look_up(f"{name}.standard_error", root)
-    except Missing:  # an older run
-        return text
-    return rf"{text} \ensuremath{{\pm}} {written(scale * error, decimals)}"
-
-
-def mean(name, decimals, root=ROOT):
-    average, spread = (look_up(f"{name}_{part}", root) for part in ("mean", "std"))
-    values = [average] if spread is None else [average, spread]  # a single seed has no spread
-    return r" \ensuremath{\pm} ".join(written(value, decimals) for value in values)
-
-
-def calc(expression, decimals, root=ROOT):
-    def value(match):
-        found = look_up(match[1], root)
-        if not isinstance(found, (int, float, list)):
-            raise Missing(f"{match[1]} is {found!r}, no number")
-        return repr(found)
-
-    text = re.sub(r"\[([\w./-]+)\]", value, expression)
-    try:
-        return written(eval(text, {"__builtins__": {}}, FUNCTIONS), decimals)
-    except (SyntaxError, NameError, TypeError, ArithmeticError, ValueError) as error:
-        raise Missing(f"{text!r} cannot be computed: {error}") from None
-
-
-def run(name, root=ROOT):
-    def of(key):
-        return look_up(f"{name}.{key}", root)
-
-    length = f"{of('num_epochs')} epochs in " if not _read_json(_config(name, root)).get("minutes") else ""
-    minutes = of("wall_time") / 60
-    time = f"{minutes:.0f} minutes" if minutes >= 10 else f"{minutes:.1f} minutes"
-    return f"seed {of('seed')}, {length}{time} on {_escape(of('hardware'))}"
-
-
-def _config(name, root):
-    return root / "results" / name / "config.json"
+def escape(text):
+    """Write plain text in TeX."""
+    text = re.sub(r"\b1 threads", "1 thread", text.replace("(R)", "").replace(" Processor", ""))
+    text = re.sub(r"([#$%&_{}])", r"\\\1", text.replace("\\", "/"))
+    return re.sub(r"[~^]", r"\\\g<0>{}", text)
 
 
 def written(value, decimals=""):
-    """A value as TeX: numbers with so many decimals, and otherwise as they are."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
+    """Write a value in TeX: a number with so many decimals, or all else as it is."""
     if isinstance(value, str):
-        return _escape(value)
+        return escape(value)
     if isinstance(value, list):
         return ", ".join(written(each, decimals) for each in value)
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise Missing(f"{value!r} is no number")
-    if decimals:
-        digits = f"{value:,.{int(decimals)}f}".replace(",", "{,}")
-    elif value == int(value) and abs(value) < 1e6:
-        digits = f"{int(value):,}".replace(",", "{,}")
-    elif abs(value) >= 1e-2:
-        digits = f"{value:.6g}"
-    else:
+    if not math.isfinite(value):
+        raise ValueError(f"{value} is no number")
+    if not decimals and 0 < abs(value) < 0.01:
         mantissa, exponent = f"{value:e}".split("e")
         return rf"\ensuremath{{{float(mantissa):g} \cdot 10^{{{int(exponent)}}}}}"
-    return rf"\ensuremath{{-}}{digits[1:]}" if digits.startswith("-") else digits
+    digits = f"{value:,.{decimals}f}" if decimals else f"{value:,.6g}"
+    return digits.replace(",", "{,}").replace("-", r"\ensuremath{-}")
 
 
-def _escape(text):
-    text = re.sub(r"\b1 threads", "1 thread", text.replace("(R)", "").replace(" Processor", ""))
-    return re.sub(r"([#$%&_{}])", r"\\\1", text)
+def val(name, decimals):
+    return written(look_up(name), decimals)
 
 
-COLUMN = re.compile(r"(\w+)(?:([*/])([\d.]+))?:(\d+)(?::(min|max))?")
+def err(name, decimals):
+    scale, name = (100, name[4:]) if name.startswith("100*") else (1, name)
+    values = look_up(name), look_up(f"{name}.standard_error")
+    return r" \ensuremath{\pm} ".join(written(scale * value, decimals) for value in values)
 
 
-def ablation(name, columns, root=ROOT):
-    path = root / "results" / name / "ablation.csv"
-    table = {row["variant"]: row for row in read_table(path)}
-    explained = variants(root / f"hw2_{name[:5]}_main.py")
-    cells = []
-    for column in re.split(r",\s*", columns.strip()):
+def mean(name, decimals):
+    values = look_up(f"{name}_mean"), look_up(f"{name}_std")
+    return r" \ensuremath{\pm} ".join(written(value, decimals) for value in values)
+
+
+def calc(expression, decimals):
+    text = re.sub(r"\[([\w./-]+)\]", lambda match: f"({look_up(match[1])!r})", expression)
+    return written(float(compute(ast.parse(text, mode="eval").body)), decimals)
+
+
+def run(name):
+    minutes = look_up(f"{name}.wall_time") / 60
+    minutes = f"{minutes:.{0 if minutes >= 10 else 1}f} minutes on {escape(look_up(f'{name}.hardware'))}"
+    return f"seed {look_up(f'{name}.seed')}, {look_up(f'{name}.num_epochs')} epochs in {minutes}"
+
+
+def ablation(name, columns):
+    rows = read_table(folder_of(name) / "ablation.csv")
+    explained = variants(ROOT / f"hw2_{name[:5]}_main.py")
+    cells = [[rf"\texttt{{{escape(row['variant'])}}}" for row in rows]]
+    for column in columns.split(", "):
         if column in ("reason", "change"):
-            cells.append([explained[each][column == "change"] if each in explained else "" for each in table])
-            continue
-        match = COLUMN.fullmatch(column)
-        if not match:
-            raise Missing(f"{column!r} is no column as in metric:decimals:min")
-        cells.append(_statistics(table, path, *match.groups()))
-    for each in table:
-        if each not in explained:
-            raise Missing(f"{path} has a variant {each!r} that the step's script does not have")
-    return "\n".join(
-        " & ".join((rf"\texttt{{{_escape(each)}}}", *row)) + r" \\" for each, row in zip(table, zip(*cells))
-    )
+            cells.append([explained[row["variant"]][column == "change"] for row in rows])
+        else:
+            cells.append(over_seeds(rows, *column.split(":")))
+    return "\n".join(" & ".join(line) + r" \\" for line in zip(*cells))
 
 
-def _statistics(table, path, metric, operator, factor, decimals, best):
-    scale = float(factor or 1) ** (-1 if operator == "/" else 1)
-    try:
-        means = [scale * float(row[f"{metric}_mean"]) for row in table.values()]
-        spreads = [scale * float(row[f"{metric}_std"] or "nan") for row in table.values()]
-    except (KeyError, ValueError):
-        raise Missing(f"{path} has no {metric!r} for every variant") from None
-    texts = []
-    first = means.index({"min": min, "max": max}.get(best, max)(means))
-    error = spreads[first] / float([*table.values()][first]["seeds"]) ** 0.5
-    for mean, spread in zip(means, spreads):
-        text = f"{mean:.{decimals}f}" + ("" if math.isnan(spread) else rf" \pm {spread:.{decimals}f}")
-        close = mean == means[first] or abs(mean - means[first]) <= 2 * 2**0.5 * error
-        texts.append(rf"$\mathbf{{{text}}}$" if best and close else f"${text}$")
-    return texts
+def over_seeds(rows, metric, decimals, best=None):
+    """Write mean and standard deviation of a metric for each row, bold if equal to the `best` (min or max)."""
+    parts = [[row[f"{metric}_mean"], row[f"{metric}_std"]] for row in rows]  # a single seed has no deviation
+    texts = [r" \pm ".join(f"{float(part):.{decimals}f}" for part in each if part) for each in parts]
+    if best:
+        means = [float(mean) for mean, _ in parts]
+        first = means.index({"min": min, "max": max}[best](means))
+        error = float(parts[first][1] or 0) / float(rows[first]["seeds"]) ** 0.5
+        close = [abs(mean - means[first]) <= 2 * 2**0.5 * error for mean in means]
+        texts = [rf"\mathbf{{{text}}}" if bold else text for text, bold in zip(texts, close)]
+    return [f"${text}$" for text in texts]
 
 
 def variants(script):
-    """The reason and the changed defaults of each of a step's VARIANTS, read without running the script."""
+    """Read the reason and the changed defaults of a step's VARIANTS, without running the script."""
     for node in ast.parse(script.read_text()).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "VARIANTS":
-            pairs = list(zip(node.value.keys, node.value.values))
-            break
-    else:
-        raise Missing(f"{script} has no VARIANTS")
+            items = zip(node.value.keys, node.value.values)
     explained = {"default": ("the reported settings", "")}
-    for key, value in pairs:
+    for key, value in items:
         reason, changes = value.elts
         change = ", ".join(f"{each.arg}={ast.unparse(each.value)}" for each in changes.keywords)
-        explained[ast.literal_eval(key)] = _escape(ast.literal_eval(reason)), rf"\texttt{{{_escape(change)}}}"
+        explained[ast.literal_eval(key)] = escape(ast.literal_eval(reason)), rf"\texttt{{{escape(change)}}}"
     return explained
 
 
-def source(path, name, root=ROOT):
-    """The text of a function or class, without its docstrings."""
-    try:
-        text = (root / path).read_text()
-    except FileNotFoundError:
-        raise Missing(f"there is no {root / path}") from None
-    for node in ast.parse(text).body:
-        if getattr(node, "name", None) == name:
-            return _without_docstrings(text.splitlines(), node)
-    raise Missing(f"{path} has no {name}")
-
-
-def _without_docstrings(lines, node):
-    left_out = set()
+def source(path, name):
+    """Return the text of a function or class, without its docstrings and the empty lines after them."""
+    text = (ROOT / path).read_text()
+    (node,) = (each for each in ast.parse(text).body if getattr(each, "name", None) == name)
+    listing = ast.get_source_segment(text, node) + "\n"
     for each in ast.walk(node):
         if isinstance(each, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(each):
-            left_out |= set(range(each.body[0].lineno, each.body[0].end_lineno + 1))
-            if not lines[each.body[0].end_lineno].strip():  # the empty line after it
-                left_out.add(each.body[0].end_lineno + 1)
-    return "\n".join(lines[n - 1] for n in range(node.lineno, node.end_lineno + 1) if n not in left_out)
+            docstring = re.escape(ast.get_source_segment(text, each.body[0]))
+            listing = re.sub(rf"^ *{docstring}\n\n?", "", listing, flags=re.MULTILINE)
+    return listing
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The report's sources
+def ownfig(run, name):
+    paths = [folder_of(run) / f"{name}{suffix}" for suffix in (".pdf", ".png")]
+    path = os.path.relpath(next(path for path in paths if path.exists()), REPORT)
+    return rf"\figurefile{{\detokenize{{{Path(path).as_posix()}}}}}"
+
+
+def chosen(name):
+    note = " (a dry run, whose numbers mean nothing)" if name in NAMES and look_up(f"{name}.dry_run") else ""
+    return escape(choice[name]).replace("/", r"/\allowbreak{}") + note
+
+
+CALL = re.compile(r"\\(val|err|mean|calc|run|ablation|source|ownfig|chosen)((?:\{[^{}]*\}){1,2})")
+MISSING = dict(ablation=r"-- \\", ownfig=r"\fbox{no such figure yet}")  # in the skeleton; all else is --
 
 
 def read_sources(path):
-    """(file name, line number, line) of a TeX file and those that it inputs, without comments.
-
-    What stands between \\ifSWITCH and \\fi is left out where the file itself says \\newif\\ifSWITCH but not
-    \\SWITCHtrue.
-    """
-    text = re.sub(r"(?<!\\)%.*", "", path.read_text())
-    off = [name for name in re.findall(r"\\newif\\if(\w+)", text) if rf"\{name}true" not in text]
-    return list(_lines(path, text, off))
-
-
-def _lines(path, text, off):
-    for name in off:
-        text = re.sub(
-            rf"(?<!\\newif)\\if{name}\b.*?\\fi\b", lambda match: "\n" * match[0].count("\n"), text, flags=re.S
-        )
-    for number, line in enumerate(text.splitlines(), 1):
+    """Yield file name, number and text of each line of a TeX file and those that it inputs, without comments."""
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        line = re.sub(r"(?<!\\)%.*", "", line)
         yield path.name, number, line
         for name in re.findall(r"\\input\{([^}]*)\}", line):
-            other = (path.parent / name).with_suffix(".tex")
-            if other.name != "numbers.tex":
-                yield from _lines(other, re.sub(r"(?<!\\)%.*", "", other.read_text()), off)
+            if not name.startswith("numbers"):
+                yield from read_sources(path.with_name(f"{name}.tex"))
 
 
-CALL = re.compile(r"\\(val|err|mean|calc|run|ablation|source)\{([^{}]*)\}(?:\{([^{}]*)\})?")
-
-
-def definitions(path, root=ROOT):
-    """The lines of numbers.tex, and listings by file name, for the report at this path; raises Missing."""
-    lines, listings = {}, {}
+def make_files(path, complete=True):
+    """Return the text of the numbers and of the listings, by file name, for the report at this path."""
+    numbers, listings = {}, {}
     for file, number, line in read_sources(path):
-        for command, first, second in CALL.findall(line):
-            arguments = (first, second)[: COMMANDS[command]]
+        for command, braces in CALL.findall(line):
+            arguments = braces[1:-1].split("}{")
             try:
-                text = globals()[command](*arguments, root=root)
-            except Missing as error:
-                raise Missing(f"{file}:{number}: \\{command}{{{first}}}: {error}") from None
+                text = globals()[command](*arguments)
+            except Exception as error:
+                place = f"{file}:{number}: \\{command}{braces}"
+                if complete:
+                    raise LookupError(f"{place}: {error!r}") from error
+                print(f"{place} is missing")
+                text = MISSING.get(command, "--")
             if command == "source":
-                listings[f"listing_{second}.py"] = text + "\n"
+                listings[f"listing_{arguments[1]}.lst"] = text
             else:
-                lines[command, first, second] = rf"\numberdef{{{command}:{':'.join(arguments)}}}{{{text}}}"
-    return list(lines.values()), listings
+                key = ":".join([command, *arguments])
+                numbers[key] = rf"\numberdef{{{key}}}{{{text}}}" + "\n"
+    return {f"numbers{'' if complete else '_skeleton'}.tex": "".join(numbers.values()), **listings}
 
 
-def main():
-    try:
-        lines, listings = definitions(REPORT / "report.tex")
-    except Missing as error:
-        sys.exit(f"make_numbers.py: {error}")
-    for name, text in listings.items():
-        (REPORT / name).write_text(text)
-    (REPORT / "numbers.tex").write_text("% Written by make_numbers.py.\n" + "\n".join(lines) + "\n")
-    print(f"make_numbers.py: {len(lines)} numbers")
+def named_folder(text):
+    """argparse type: return the name and the folder of NAME=FOLDER, relative to the project."""
+    name, _, folder = text.partition("=")
+    path = Path(folder).expanduser().resolve() / ("ablation.csv" if "ablation" in name else "config.json")
+    if name not in NAMES or not path.exists():
+        what = f"{path} is not there" if name in NAMES else f"NAME is one of {', '.join(NAMES)}"
+        raise argparse.ArgumentTypeError(f"{text!r}: {what}")
+    return name, Path(os.path.relpath(path.parent, ROOT)).as_posix()
+
+
+def main(argv=None):
+    """Write the numbers of the report, or choose the skeleton's runs and write its numbers."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add, what = parser.add_argument, f"NAME=FOLDER of runs for the skeleton; a NAME is {', '.join(NAMES)}"
+    add("--results", nargs="+", action="extend", default=[], type=named_folder, help=what)
+    add("--author", help="author of the skeleton")
+    add("--skeleton", action="store_true", help="write the skeleton's numbers, of the runs chosen before")
+    args = parser.parse_args(argv)
+    document, kept = REPORT / "report.tex", REPORT / "runs.json"
+    if args.skeleton or args.results or args.author:
+        document = REPORT / "skeleton.tex"
+        choice.update(json.loads(kept.read_text()) if kept.exists() else {})
+        choice.update(args.results, **({"author": args.author} if args.author else {}))
+        kept.write_text(json.dumps(choice, indent=2) + "\n")
+    for name, text in make_files(document, complete=document.stem == "report").items():
+        (REPORT / name).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

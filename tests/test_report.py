@@ -1,82 +1,205 @@
-"""The report: it builds from the results, to the text of the committed PDF, and from nothing less."""
+"""The report builds to the text of the committed PDF, and the skeleton builds for any runs."""
 
 import json
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 
-from tests.conftest import ROOT, TIMEOUT
+from report import make_numbers
+from tests.conftest import TIMEOUT
+from utils.files import ROOT
 
-PROGRAMS = ("latexmk", "pdflatex", "pdftotext", "pdffonts")
-pytestmark = pytest.mark.skipif(
-    not all(map(shutil.which, PROGRAMS)) or not (ROOT / "report" / "report.tex").exists(),
-    reason=f"needs the report's sources and {', '.join(PROGRAMS)}",
+SOURCES, PROGRAMS = ROOT / "report" / "report.tex", ("latexmk", "pdflatex", "pdftotext", "pdffonts")
+needs_sources = pytest.mark.skipif(not SOURCES.exists(), reason="needs the report's sources")
+needs_latex = pytest.mark.skipif(not all(map(shutil.which, PROGRAMS)), reason=f"needs {', '.join(PROGRAMS)}")
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """A project of one run, one step script and one report."""
+    run = tmp_path / "results" / "step9_toy"
+    run.mkdir(parents=True)
+    nll, share = dict(value=-1234.5678, unit="nats", floor=0.25), dict(value=0.5, standard_error=0.0123)
+    options = dict(num_epochs=2, learning_rate=4e-4, channels=[3, 2])
+    contents = dict(
+        metrics=dict(nll=nll, share=share, wall_time=dict(value=90.0)),
+        config=dict(seed=7, hardware="CPU_1 100%", hyperparameters=options),
+        floors=dict(nll=None),
+    )
+    for name, content in contents.items():
+        (run / f"{name}.json").write_text(json.dumps(content))
+    (run / "losses.csv").write_text("iteration,epoch,loss\n1,1,2\n2,1,4\n3,1,\n")
+    table = "variant,seeds,nll_mean,nll_std\ndefault,2,10,1\nnarrow,2,8,0.7\nwide-1.5,1,9.3,\n"
+    (run / "ablation.csv").write_text(table)
+    variants = '{"narrow": ("why?", dict(width=1)), "wide-1.5": ("is it a_b?", dict(width=(2, 3)))}'
+    (tmp_path / "hw2_step9_main.py").write_text(f"import nothing_there\n\nVARIANTS = {variants}\n")
+    monkeypatch.setattr(make_numbers, "ROOT", tmp_path)
+    monkeypatch.setattr(make_numbers, "REPORT", tmp_path)
+    monkeypatch.setattr(make_numbers, "choice", {})
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "call, expected",
+    [
+        (r"\val{step9_toy.nll}{1}", r"\ensuremath{-}1{,}234.6"),
+        (r"\val{step9_toy.learning_rate}{}", r"\ensuremath{4 \cdot 10^{-4}}"),
+        (r"\val{step9_toy.channels}{}", "3, 2"),
+        (r"\val{step9_toy.losses.last.loss}{1}", "3.0"),
+        (r"\val{step9_toy.losses_std.1.loss}{3}", "1.414"),
+        (r"\val{step9_toy.ablation.wide-1.5.nll_mean}{1}", "9.3"),
+        (r"\val{step9_toy.spread.nll}{4}", "0.0940"),  # of 1/10 and 0.7/8
+        (r"\err{100*step9_toy.share}{1}", r"50.0 \ensuremath{\pm} 1.2"),
+        (r"\mean{step9_toy.ablation.narrow.nll}{1}", r"8.0 \ensuremath{\pm} 0.7"),
+        (r"\calc{[step9_toy.nll] ** 2 / 2 + log(1) - 2 * [step9_toy.nll.floor]}{0}", "762{,}078"),
+        (r"\calc{dense(4, reverse([step9_toy.channels]))}{0}", "19"),
+        (r"\run{step9_toy}", r"seed 7, 2 epochs in 1.5 minutes on CPU\_1 100\%"),
+    ],
 )
+def test_numbers_of_the_report(call, expected, root):
+    (root / "report.tex").write_text(f"text {call} more\n")
+    line = make_numbers.make_files(root / "report.tex")["numbers.tex"]
+    assert line.endswith(f"}}{{{expected}}}\n") and line.startswith(r"\numberdef{" + call[1:].split("{")[0])
 
 
-def build(folder):
+@pytest.mark.parametrize(
+    "call",
+    [
+        r"\val{step9_toy.ell}{1}",
+        r"\val{step9_toy.losses.2.loss}{1}",
+        r"\val{step9_toy.floors.nll}{1}",
+        r"\err{step9_toy.nll}{1}",
+        r"\calc{[step9_toy.nll.unit] * 2}{1}",
+        r"\calc{__import__('os').getcwd()}{1}",
+        r"\source{hw2_step9_main.py}{train}",
+    ],
+)
+def test_a_missing_number_is_named_with_its_place(call, root):
+    (root / "part.tex").write_text(f"\n% {call} in a comment\n{call}\n")
+    (root / "report.tex").write_text("\\input{part}\n")
+    with pytest.raises(LookupError, match="part.tex:3: " + re.escape(call)):
+        make_numbers.make_files(root / "report.tex")
+
+
+def test_ablation_table(root):
+    """The best and what does not differ from it are bold; the script with the reasons is not run."""
+    assert make_numbers.ablation("step9_toy", "reason, change, nll:1:min, nll:0").splitlines() == [
+        r"\texttt{default} & the reported settings &  & $10.0 \pm 1.0$ & $10 \pm 1$ \\",
+        r"\texttt{narrow} & why? & \texttt{width=1} & $\mathbf{8.0 \pm 0.7}$ & $8 \pm 1$ \\",
+        r"\texttt{wide-1.5} & is it a\_b? & \texttt{width=(2, 3)} & $\mathbf{9.3}$ & $9$ \\",
+    ]
+
+
+@needs_sources
+def test_every_number_and_listing_of_the_report_is_there():
+    texts = make_numbers.make_files(SOURCES)
+    assert texts.pop("numbers.tex").count("numberdef") > 100
+    assert len(texts) == 7 and '"""' not in "".join(texts.values())  # no docstrings
+
+
+def test_the_skeleton_has_every_part_with_its_points():
+    page = (ROOT / "report" / "skeleton.tex").read_text()
+    parts = re.findall(r"\\section\{Step (\d)|\\assignedpart\{(.)\}\{(\d+)\}", page)
+    assert "".join(map("".join, parts)) == "1a3b8c10d42a3b6c6d103a4b5c10d6"
+    for section in page.split(r"\assignedpart{")[1:]:
+        assert r"\asked{" in section and r"\writehere{" in section
+
+
+def test_the_choice_of_runs_holds_for_the_skeleton_alone(root, capsys):
+    """A choice is kept, and what a run lacks is --. The report stops at it."""
+    calls = [r"\val{step1.nll}{1} \val{step2.nll}{1} \ablation{step1_ablation}{change, nll:1}"]
+    calls += [r"\ownfig{step1}{a} \ownfig{step1}{b} \chosen{author} \chosen{step1}"]
+    (root / "skeleton.tex").write_text("\n".join(calls))
+    (root / "report.tex").write_text(r"\val{step9_toy.nll}{1}")
+    run = root / "results" / "step9_toy"
+    (run / "a.png").touch()
+    (root / "hw2_step1_main.py").write_text("VARIANTS = {}\n")
+    make_numbers.main(["--results", f"step1={run}"])
+    make_numbers.main(["--author", "A & B"])
+    lines = (root / "numbers_skeleton.tex").read_text().splitlines()
+    texts = [re.fullmatch(r"\\numberdef\{[^}]*\}\{(.*)\}", line)[1] for line in lines]
+    assert texts[:3] == [r"\ensuremath{-}1{,}234.6", "--", r"-- \\"]  # VARIANTS lacks those of the table
+    assert texts[3:5] == [r"\figurefile{\detokenize{results/step9_toy/a.png}}", r"\fbox{no such figure yet}"]
+    assert texts[5:] == [r"A \& B", "--"]  # config.json does not say whether it was a dry run
+    assert r"skeleton.tex:1: \val{step2.nll}{1} is missing" in capsys.readouterr().out
+    make_numbers.main([])
+    assert "step9_toy" in (root / "numbers.tex").read_text() and len(list(root.glob("numbers*"))) == 2
+    (root / "report.tex").write_text(r"\val{step1.nll}{1} \val{step2.nll}{1}")
+    with pytest.raises(LookupError):
+        make_numbers.main([])
+
+
+@pytest.mark.parametrize("choice", ["step4=results/step9_toy", "step1=nowhere", "step1", "step1_ablation=."])
+def test_a_choice_that_is_no_run_is_refused(choice, root, capsys):
+    with pytest.raises(SystemExit):
+        make_numbers.main(["--results", choice])
+    assert choice in capsys.readouterr().err and not (root / "runs.json").exists()
+
+
+def build(folder, *documents):
     """Run latexmk in a copy of the project; return the finished process."""
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     return subprocess.run(
-        ["latexmk"], cwd=folder / "report", capture_output=True, text=True, errors="replace", timeout=TIMEOUT
+        ["latexmk", *documents], cwd=folder / "report", timeout=TIMEOUT, check=False, **pipes
     )
 
 
-def text(path):
-    return subprocess.run(
-        ["pdftotext", "-layout", path, "-"], capture_output=True, check=True
-    ).stdout.decode()
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory):
-    """Copy what the report is made of, and build it there."""
-    folder = tmp_path_factory.mktemp("project")
-    patterns = "hw2_*.py models/*.py utils/*.py report/*.py report/*.bib report/*.tex".split()
-    sources = {path for pattern in patterns for path in ROOT.glob(pattern)} - {
-        ROOT / "report" / "numbers.tex"
-    }
-    for path in [*sources, ROOT / "report" / "latexmkrc"]:
-        target = folder / path.relative_to(ROOT)
-        target.parent.mkdir(exist_ok=True)
-        shutil.copy(path, target)
-    shutil.copytree(ROOT / "results", folder / "results", ignore=shutil.ignore_patterns("*.pt", "runs"))
-    done = build(folder)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
-    return folder
+def text(*command):
+    return subprocess.run(command, capture_output=True, check=True).stdout.decode()
 
 
 def words(path):
     """Return the words, sorted and without hyphens, because another version of TeX may break lines elsewhere."""
-    return sorted(re.sub(r"-\n\s*|-", "", text(path)).split())
+    return sorted(re.sub(r"-\n\s*|-", "", text("pdftotext", "-layout", path, "-")).split())
 
 
-def test_the_build_is_the_committed_pdf(project):
-    assert words(project / "report" / "report.pdf") == words(ROOT / "report" / "report.pdf")
-
-
-def test_nothing_is_unresolved_too_wide_or_of_type_3(project):
-    log = (project / "report" / "report.log").read_text(errors="replace")
+@needs_sources
+@needs_latex
+def test_the_build(tmp_path):
+    """It gives the committed PDF, and a missing result stops it."""
+    products = shutil.ignore_patterns("*.pt", "runs", "report.[!t]*", "numbers.tex", "*.lst")
+    for name in ("models", "report", "results"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=products)
+    for path in ROOT.glob("hw2_*.py"):
+        shutil.copy(path, tmp_path)
+    report = tmp_path / "report" / "report.pdf"
+    done = build(tmp_path)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert words(report) == words(ROOT / "report" / "report.pdf")
+    log = report.with_suffix(".log").read_text(errors="replace")
     assert "undefined" not in log and "Overfull" not in log  # \hfuzz lets 5 pt pass
-    fonts = subprocess.run(
-        ["pdffonts", project / "report" / "report.pdf"], capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    assert len(fonts) > 2 and not any("Type 3" in line for line in fonts)
+    assert "Type 3" not in text("pdffonts", report)
 
-
-def test_a_changed_result_changes_the_pdf_and_a_missing_one_stops_the_build(project):
-    path = project / "results" / "step2_pixelcnn" / "metrics.json"
+    path = tmp_path / "results" / "step2_pixelcnn" / "metrics.json"
     metrics = json.loads(path.read_text())
-    metrics["test_nll"]["value"] = 98.765
-    path.write_text(json.dumps(metrics))
-    assert build(project).returncode == 0
-    assert "98.77" in text(project / "report" / "report.pdf")  # rounded as the text prints it
-
     del metrics["test_nll"]
     path.write_text(json.dumps(metrics))
-    done = build(project)
-    assert done.returncode != 0 and "test_nll" in done.stdout + done.stderr
-    path.unlink()
-    done = build(project)
-    assert done.returncode != 0 and "step2_pixelcnn/metrics.json" in done.stdout + done.stderr
+    done = build(tmp_path)
+    assert done.returncode != 0 and "test_nll" in done.stdout
+
+
+@needs_sources
+@needs_latex
+def test_the_skeleton_builds_for_runs_that_lack_figures_and_numbers(tmp_path, trained):
+    copy = tmp_path / "report"
+    shutil.copytree(ROOT / "report", copy, ignore=shutil.ignore_patterns("*.pdf", "numbers*", "runs.json"))
+    done = build(tmp_path, "skeleton")
+    assert done.returncode == 0 and "is missing" in done.stdout, done.stdout[-2000:]
+    odd = tmp_path / "results" / "dropout=0.4,seed=3 and a space"
+    shutil.copytree(trained["gan"], odd)
+    for name in ("loss.pdf", "samples.png"):
+        shutil.copy(ROOT / "results" / "step1_gan" / name, odd)
+    runs = [f"step1={odd}", f"step2={trained['pixelcnn']}", f"step3={trained['vae']}"]
+    command = [sys.executable, copy / "make_numbers.py", "--results", *runs, "--author", "Ada M. Öz_1"]
+    subprocess.run(command, check=True)
+    done = build(tmp_path, "skeleton")
+    assert done.returncode == 0, done.stdout[-2000:]
+    page = text("pdftotext", "-layout", copy / "skeleton.pdf", "-")
+    metrics = json.loads((trained["pixelcnn"] / "metrics.json").read_text())
+    assert f"{metrics['test_nll']['value']:.2f}" in page and "Ada M. Öz_1" in page and "dry run" in page
+    assert text("pdfimages", "-list", copy / "skeleton.pdf").count("image") > 1  # samples.png
+    assert page.count("no such figure yet") == (copy / "skeleton.tex").read_text().count(r"\ownfig{step") - 2
+    assert not (copy / "numbers.tex").exists() and not (copy / "report.pdf").exists()

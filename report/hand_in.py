@@ -1,0 +1,77 @@
+"""Make the two files that are handed in: `python report/hand_in.py --lastname NAME --report FILE`.
+
+NAME_EE8520_F25.pdf is the report. NAME_EE8520_F25.zip holds the code, with data, figures and trained networks.
+"""
+
+import io
+import sys
+import zipfile
+from fnmatch import fnmatch
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils.cli import exit_code
+from utils.files import ROOT, UserError, make_folder, write_atomically
+from utils.machine import say
+from utils.options import ArgumentParser, folder
+
+REPORT = ROOT / "report" / "report.pdf"
+# The archive has the files of these kinds, wherever they lie, but nothing hidden, no experiments, no other
+# data sets, no report, no choice of its runs and no earlier hand-in.
+KINDS = "LICENSE .py .ipynb .md .txt .ini .gz .pt .npz .json .csv .png .pdf .gif".split()
+LEFT_OUT = ".* __pycache__ venv runs seeds ablation checkpoint.pt ?*MNIST".split()
+LEFT_OUT += "report.pdf skeleton.pdf runs.json *_EE8520_F25.pdf".split()
+
+
+def files(root=ROOT):
+    """Return the paths of the archive's files, relative to the root and sorted."""
+    paths = [path.relative_to(root) for path in sorted(root.rglob("*")) if path.is_file()]
+    kept = [path for path in paths if (path.suffix or path.name) in KINDS]
+    return [path for path in kept if not any(fnmatch(part, out) for part in path.parts for out in LEFT_OUT)]
+
+
+def archive(top, root=ROOT):
+    """Return a zip archive of the project in one folder called `top`, as bytes."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as content:
+        for path in files(root):
+            content.write(root / path, f"{top}/{path.as_posix()}")
+    return buffer.getvalue()
+
+
+def file_name(name):
+    """Return the name if it can begin a file's name on every system, else raise UserError."""
+    bad = not name.isprintable() or set(name) & set('<>:"/\\|?*') or name.startswith("-")
+    if bad or name != name.strip(" .") or not 1 <= len(name.encode()) <= 100:
+        raise UserError(f"no file's name can begin with --lastname {name!a}: take letters, at most 100 bytes")
+    return name
+
+
+def main(argv=None):
+    """Write both files, for a list of flags; return the exit code."""
+    parser = ArgumentParser(prog="hand_in.py", description=__doc__)
+    parser.add_argument("--lastname", required=True, metavar="NAME", help="begins the names of both files")
+    parser.add_argument(
+        "--report", type=folder, metavar="FILE", help="the PDF to hand in (report/report.pdf)"
+    )
+    parser.add_argument("--out-dir", type=folder, default=Path(), help="folder for them (the current one)")
+
+    def work():
+        args = parser.parse_args(argv or [])
+        name, report = f"{file_name(args.lastname)}_EE8520_F25", args.report or REPORT
+        if not report.is_file():
+            raise UserError(f"there is no {report}: build it with latexmk, or name another --report")
+        outputs = {f"{name}.pdf": report.read_bytes(), f"{name}.zip": archive(name)}
+        make_folder(args.out_dir)
+        for file, content in outputs.items():
+            write_atomically(args.out_dir / file, content)
+            say(f"{args.out_dir / file}, {len(content) / 2**20:.1f} MiB")
+        if not args.report:
+            say("The PDF is the report of the reference solution. Hand in your own with --report FILE.")
+
+    return exit_code(work, "hand_in.py")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

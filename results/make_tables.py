@@ -1,0 +1,240 @@
+"""Write the tables of README.md and results/README.md, and comparisons.json: `python results/make_tables.py`.
+
+A table stands between <!-- table: NAME --> and <!-- end -->. NAME is a method of `Tables`, followed by its
+arguments. With --check nothing is written, and pages that differ are named. Only files that git tracks, or would
+add, are read, so experiments stay out. What others have published is in results/published.csv. The caption of a
+figure is its line in the docstring of the step script. comparisons.json has paired differences of values per image.
+"""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import hw2_step1_main as step1
+import hw2_step2_main as step2
+import hw2_step3_main as step3
+from utils import differ
+from utils.cli import exit_code
+from utils.compare import per_image
+from utils.files import ROOT, UserError, metric, read_csv, read_json, write_atomically
+from utils.machine import say
+from utils.options import ArgumentParser
+
+PAGES = ("README.md", "results/README.md")
+SCRIPTS = {"step1": step1, "step2": step2, "step3": step3}
+# The headings of metrics and hyperparameters whose names do not say it all.
+HEADINGS = dict(
+    frechet_distance="Fréchet distance", parzen="Parzen (nats)", largest_share="most frequent digit",
+    binarize="pixels", num_epochs="epochs", test_nll="test NLL (nats)", train_nll="training NLL (nats)",
+    mixture_nll="NLL without label", latent_dim="latent dimensions", test_negative_elbo="-ELBO (nats)",
+    test_kl="KL (nats)", test_bound="importance bound (nats)", test_negative_elbo_grey="-ELBO, grey pixels",
+    accuracy_none="grey", accuracy_threshold="thresholded", accuracy_stochastic="stochastic",
+)  # fmt: skip
+
+
+# Whose samples, the run, and the end of its keys in metrics.json.
+FAMILIES = (
+    ("GAN", "step1_gan", "_threshold"),
+    ("PixelCNN", "step2_pixelcnn", ""),
+    ("PixelCNN, class-conditional", "step2_conditional_pixelcnn", ""),
+    ("PixelCNN, `long`", "step2_pixelcnn/variants/long", ""),
+    ("PixelCNN, class-conditional, `long`", "step2_conditional_pixelcnn/variants/long", ""),
+    ("VAE, 2-D", "step3_vae", "_threshold"),
+    ("VAE, 2-D, fitted prior", "step3_vae", "_fitted_threshold"),
+    ("VAE, 2-D, codes of training images", "step3_vae", "_codes_threshold"),
+    ("VAE, 20-D", "step3_vae/variants/long-20", "_threshold"),
+    ("VAE, 20-D, fitted prior", "step3_vae/variants/long-20", "_fitted_threshold"),
+    ("VAE, 20-D, codes of training images", "step3_vae/variants/long-20", "_codes_threshold"),
+)
+# The first run's values per image minus the second's, by the name in comparisons.json.
+COMPARISONS = dict(
+    label_gain=("step2_pixelcnn nll", "step2_conditional_pixelcnn nll"),
+    mixture_gain=("step2_pixelcnn nll", "step2_conditional_pixelcnn mixture_nll"),
+    label_gain_stochastic=(
+        "step2_pixelcnn/variants/stochastic nll",
+        "step2_conditional_pixelcnn/variants/stochastic nll",
+    ),
+    latent_gain=("step3_vae bound", "step3_vae/variants/long-20 bound"),
+)
+
+
+def reported_files(root):
+    """Return the files of results/ that git tracks or would add, sorted."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "results"]
+    try:
+        names = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        raise UserError(f"git lists no files in {root}: work in a clone of the repository") from None
+    return sorted(root / name for name in {*names.split("\0")} - {""} if (root / name).is_file())
+
+
+def shown(value, error=None):
+    """Return a number as text, rounded to one digit of its error (two if the first is 1), or to four digits."""
+    if not isinstance(value, float):
+        return "" if value is None else str(value)
+    if error:
+        power = math.floor(math.log10(error))
+        decimals = max(0, -power + (error < 2 * 10.0**power))
+        return f"{value:,.{decimals}f} ± {error:,.{decimals}f}"
+    decimals = 0 if value.is_integer() else min(4, max(0, 3 - math.floor(math.log10(abs(value)))))
+    return f"{value:,.{decimals}f}"
+
+
+def cell(run, key):
+    """Return a hyperparameter or a metric as text. Parentheses hold the metric of real images, where there is one."""
+    entry = run["metrics"].get(key) or {"value": run["hyperparameters"].get(key)}
+    real = entry.get("floor")
+    return shown(entry["value"], entry.get("standard_error")) + (f" ({shown(real)})" if real else "")
+
+
+def made(run):
+    """Return the command of a run, its time with the evaluation after each epoch, and the hardware, as text."""
+    command = run.get("command", "-m utils.train_classifier")  # which does not record its own
+    minutes = run["metrics"]["wall_time"]["value"] / 60
+    return f"`python {command}`", f"{minutes:.{0 if minutes >= 10 else 1}f} min", run["hardware"]
+
+
+def table(headings, rows):
+    """Return a Markdown table without its empty columns. Names of metrics are spelt out as headings."""
+    kept = [column for column in range(len(headings)) if any(row[column] for row in rows)]
+    headings = [HEADINGS.get(each, each.replace("_", " ")) for each in headings]
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join("| " + " | ".join(line[each] for each in kept) + " |" for line in lines if rows)
+
+
+class Tables:
+    """The tables of the reported runs, each as Markdown. A run is named by its folder below results/."""
+
+    def __init__(self, root):
+        self._folder, self._files, self._runs = root / "results", reported_files(root), {}
+        self._headlines = [[*row.values()] for row in read_csv(self._folder / "published.csv")]
+        for path in self._files:
+            name, metrics = path.parent.relative_to(self._folder).as_posix(), path.with_name("metrics.json")
+            several = re.search("/(ablation|seeds)", name)
+            if path.name == "config.json" and metrics in self._files and not several:
+                self._runs[name] = {**read_json(path), "metrics": read_json(metrics)}
+
+    def headlines(self):
+        found = [row for row in self._headlines if row[0] in self._runs]
+        rows = [(model, name, cell(self._runs[run], key), others) for run, model, key, name, others in found]
+        return table(["model", "figure", "here", "published"], rows)
+
+    def commands(self, *names):
+        """The commands of these runs, and the first headline of their step as what to expect."""
+        rows = []
+        for run in (self._runs[name] for name in names if name in self._runs):
+            key, name = next(row[2:4] for row in self._headlines if row[0] == run["step"])
+            rows.append((*made(run), f"{name}: {cell(run, key)}"))
+        return table(["command", "time", "on", "expect"], rows)
+
+    def runs(self):
+        rows = [(f"[{name}]({name})", *made(run), str(run["seed"])) for name, run in self._runs.items()]
+        return table(["run", "command", "time", "on", "seed"], rows)
+
+    def results(self, step, *keys):
+        names = [name for name, run in self._runs.items() if run["step"].startswith(step)]
+        names.sort(key=lambda name: not name.startswith(step))  # other data sets last
+        rows = [[f"[{name}]({name})", *(cell(self._runs[name], key) for key in keys)] for name in names]
+        return table(["run", *keys], rows)
+
+    def families(self, *keys):
+        """All families on one scale, thresholded samples, with the prior of the VAE and with those for --prior."""
+        rows = []
+        for name, run, suffix in FAMILIES:
+            if f"{keys[0]}{suffix}" in self._runs.get(run, {"metrics": ()})["metrics"]:
+                rows.append([name, *(cell(self._runs[run], key + suffix) for key in keys)])
+        return table(["samples of", *keys], rows)
+
+    def ablation(self, name, *keys):
+        """Means over the seeds, and the standard deviation where there are several, ranked by the first metric."""
+        rows, found = [], self._read(name, "ablation.csv")
+        for row in sorted(found, key=lambda row: row[f"{keys[0]}_mean"] or math.inf):
+            changes = SCRIPTS[name[:5]].VARIANTS.get(row["variant"], ("", {}))[1]
+            change = ", ".join(f"{name}={value}" for name, value in changes.items())
+            means = [shown(row[f"{key}_mean"], row[f"{key}_std"]) for key in keys]
+            rows.append([f"`{row['variant']}`", change, shown(row["seeds"]), *means])
+        return table(["variant", "change", "seeds", *keys], rows)
+
+    def quality(self, name, *keys):
+        rows = self._read(name, "quality.csv")
+        return table(keys, [[shown(row[key]) for key in keys] for row in rows])
+
+    def speed(self):
+        path, keys = self._folder / "benchmark" / "metrics.json", ("usual_seconds", "seconds", "value")
+        entries = read_json(path).values() if path in self._files else ()
+        rows = [[each["formula"], *(shown(each[key]) for key in keys), each["hardware"]] for each in entries]
+        return table(["comparison", "plain (s)", "cached (s)", "ratio", "on"], rows)
+
+    def gallery(self, *names):
+        """The figures of these runs, with their lines in the docstring of the step script."""
+        rows = []
+        for folder in (name for name in names if name in self._runs):
+            page = SCRIPTS[self._runs[folder]["step"][:5]].__doc__
+            for figure, text in re.findall(r"^ {4}(\S+\.(?:png|gif)) {2,}(.+)$", page, re.MULTILINE):
+                path = f"{folder}/{figure}"
+                if self._folder / path in self._files:
+                    rows.append((f'<img src="{path}" width="360">', f"`{path}`: {text}"))
+        return table(["figure", "what it shows"], rows)
+
+    def _read(self, name, file):
+        path = self._folder / name / file
+        return read_csv(path) if path in self._files else []
+
+
+def pages(root):
+    """Return the text of each page, by its name, with all tables made anew."""
+    tables = Tables(root)
+
+    def make(match):
+        kind, *arguments = match[2].split()
+        return f"{match[1]}{getattr(tables, kind)(*arguments) or 'There is no such run yet.'}\n"
+
+    pattern = re.compile(r"(<!-- table: ([a-z][\w\s/]*?) -->\n).*?(?=<!-- end -->)", re.DOTALL)
+    texts = {page: pattern.sub(make, (root / page).read_text(encoding="utf-8")) for page in PAGES}
+    return {**texts, "results/comparisons.json": comparisons(root)}
+
+
+def comparisons(root):
+    """Return the content of comparisons.json: mean differences over the test images, with their standard errors."""
+    entries = {}
+    for name, sides in COMPARISONS.items():
+        (first, pixels), (second, other_pixels) = (
+            per_image(root / "results" / folder, key) for folder, key in map(str.split, sides)
+        )
+        if pixels and pixels == other_pixels:
+            value, error = differ.paired(first, second)
+            formula = f"{' minus '.join(sides)}, mean over test images with equal pixels"
+            entries[name] = metric(value, "nats per image", formula, standard_error=error)
+    return json.dumps(entries, indent=2) + "\n"
+
+
+def outdated(root):
+    """Return the names of the pages that differ from the results."""
+    return [page for page, text in pages(root).items() if (root / page).read_text(encoding="utf-8") != text]
+
+
+def main(argv=None):
+    """Run with a list of flags; return the exit code."""
+    parser = ArgumentParser(prog="make_tables.py", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing, name the pages that differ")
+
+    def work():
+        if not parser.parse_args(argv or []).check:
+            for page, text in pages(ROOT).items():
+                write_atomically(ROOT / page, text.encode())
+                say(f"wrote {ROOT / page}")
+        elif outdated(ROOT):
+            raise UserError(
+                f"{', '.join(outdated(ROOT))}: out of date, python results/make_tables.py mends it"
+            )
+
+    return exit_code(work, "make_tables.py")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

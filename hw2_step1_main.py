@@ -32,7 +32,7 @@ from typing import Annotated, Literal
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from models.GAN import Discriminator, Generator, relativistic_logits, train_discriminator, train_generator
 from utils import cli, files, gan_results
@@ -146,7 +146,8 @@ def ema_with_warm_up(decay):
 
     def update(averages, currents, num_averaged):
         n = int(num_averaged)
-        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averages, currents, n)
+        for average, current in zip(averages, currents):
+            average.lerp_(current, 1 - min(decay, (1 + n) / (10 + n)))
 
     return update
 

@@ -60,7 +60,7 @@ def test_no_step_of_em_lowers_the_likelihood(monkeypatch):
 def test_few_codes_suffice_and_the_file_loads(tmp_path):
     fitted, _ = fit_prior(torch.randn(3, 4), torch.randn(2, 4), numbers=(10,))
     files.save_model(tmp_path / "prior.pt", prior.STEP, fitted, dict(num_components=10, z_size=4), {})
-    loaded, z = prior.load_prior(tmp_path / "model.pt", "cpu"), torch.randn(5, 4)
+    loaded, z = prior.load_prior(tmp_path / "model.pt"), torch.randn(5, 4)
     assert torch.equal(loaded.log_prob(z), fitted.log_prob(z)) and loaded.log_prob(z).isfinite().all()
 
 

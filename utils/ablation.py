@@ -1,8 +1,10 @@
 """Several runs of a step, over variants and seeds, and a table of their metrics.
 
-A step's ABLATION may have `length`, the flags for the length of each run, unless the command line or a variant sets
-it; `flags`, further flags; `left_out`, variants that --ablation leaves out, unless --variant asks for one; and
-`num_seeds`, how often the default and each variant are trained, unless --seeds says it.
+A step's ABLATION may have
+    length      flags for the length of each run, unless the command line or a variant sets it
+    flags       further flags of each run
+    left_out    variants that --ablation leaves out, unless --variant asks for one
+    num_seeds   how often the default and each variant are trained, unless --seeds says it
 """
 
 import contextlib

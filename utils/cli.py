@@ -1,12 +1,17 @@
 """The command line of a step: its flags, folders and exit codes.
 
-A step is a module with STEP, the name of its folder below results/; VARIANTS, a dict of name: (question, changed
-options); `train`, whose keyword-only arguments are the options; `train_and_evaluate`, called with (run, train_set,
-test_set), where a set is (uint8 images, labels); and `sample`, called with (run, path of model.pt, test_set).
-
-It may have NETWORK, a class whose keyword-only arguments are options, too; CONDITIONAL_STEP, the folder with
---conditional; `add_flags`, called with an argparse group; ABLATION and `draw_ablation` (utils/ablation.py); and
-SEVERAL_PROCESSES, if torchrun may start it.
+A step is a module. It has
+    STEP                 the name of its folder below results/
+    VARIANTS             a dict of name: (question, changed options)
+    train                its keyword-only arguments are the options
+    train_and_evaluate   called with (run, train_set, test_set); a set is (uint8 images, labels)
+    sample               called with (run, path of model.pt, test_set)
+and perhaps
+    NETWORK              a class whose keyword-only arguments are options, too
+    CONDITIONAL_STEP     the folder with --conditional
+    add_flags            called with an argparse group
+    ABLATION, draw_ablation   see utils/ablation.py
+    SEVERAL_PROCESSES    true if torchrun may start it
 """
 
 import argparse

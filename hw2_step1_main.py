@@ -37,7 +37,7 @@ from torch.optim.swa_utils import AveragedModel
 from models.GAN import Discriminator, Generator, relativistic_logits, train_discriminator, train_generator
 from utils import cli, files, gan_results
 from utils.data import to_symmetric
-from utils.options import Fraction
+from utils.options import LARGEST, Fraction
 
 STEP = "step1_gan"
 
@@ -59,6 +59,7 @@ VARIANTS = {
     "no-average": ("what does the average of the generator's weights do?", dict(ema_decay=0.0)),
     "relativistic": ("is the loss of Huang et al. (arXiv 2501.05441) better?", dict(loss="relativistic")),
     "noise-100": ("is the usual noise of 100 dimensions better?", dict(dim_z=100)),
+    "kinds-10": ("does noise with ten kinds keep digits apart?", dict(dim_z=26, kinds=10)),
     "plain": (
         "how good is a GAN without our additions?",
         dict(
@@ -79,6 +80,7 @@ VARIANTS = {
 def train_main_loop(
     run,
     images,
+    test_images,
     *,
     num_epochs: Annotated[int, "passes over the training images"] = 50,
     batch_size: Annotated[int, "images in a batch"] = 32,
@@ -91,11 +93,12 @@ def train_main_loop(
     ema_decay: Annotated[Fraction, "decay of the average of the generator's weights; 0: none"] = 0.9998,
     dropout: Annotated[Fraction, "dropout in the discriminator D"] = 0.1,
     dim_z: Annotated[int, "dimensions of the noise z"] = 16,
+    kinds: Annotated[int, (0, LARGEST), "the last so many coordinates of z become one-hot; 0: none"] = 0,
     g_channels: Annotated[tuple[int, ...], "units of G's hidden layers"] = (64, 128, 256),
     d_channels: Annotated[tuple[int, ...], "units of D's hidden layers"] = (256, 128, 64),
 ):
     """Train on uint8 images (N, 1, 28, 28); return the generator with averaged (EMA) weights."""
-    generator = Generator(dim_z, g_channels).to(run.device)
+    generator = Generator(dim_z, g_channels, kinds).to(run.device)
     discriminator = Discriminator(d_channels, dropout).to(run.device)
     # ema.module is a copy of the generator whose weights are a moving average. It draws better samples.
     ema = AveragedModel(generator, multi_avg_fn=ema_with_warm_up(ema_decay))
@@ -108,7 +111,7 @@ def train_main_loop(
     networks = dict(generator=generator, discriminator=discriminator, ema=ema)
     run.resume_or_start(**networks, g_optimizer=g_optimizer, d_optimizer=d_optimizer)
     if run.is_new:
-        monitor_images(run, ema.module)
+        monitor_images(run, ema.module, discriminator, images, test_images)
 
     for _ in run.epochs(num_epochs):
         for (batch,) in run.batches(images, batch_size=batch_size):
@@ -133,7 +136,7 @@ def train_main_loop(
                 outputs_real, outputs_fake = relativistic_logits(outputs_real, outputs_fake)
             d_real, d_fake = outputs_real.sigmoid().mean(), outputs_fake.sigmoid().mean()
             run.record_row(d_loss=d_loss, g_loss=g_loss, d_real=d_real, d_fake=d_fake)
-        monitor_images(run, ema.module)
+        monitor_images(run, ema.module, discriminator, images, test_images)
     return ema.module
 
 
@@ -152,17 +155,18 @@ def ema_with_warm_up(decay):
     return update
 
 
-def monitor_images(run, generator):
+def monitor_images(run, generator, discriminator, images, test_images):
     """Keep images of the same noise for figures of the training; print the means of the epoch, with warnings.
 
-    Every ten epochs and at the end also measure the quality of samples, for quality.csv and quality.png.
+    Every ten epochs and at the end also measure the quality of samples and what D, without dropout, gives images of
+    the training and the test set, for quality.csv and quality.png.
     """
     epoch = run.epochs_done
     run.snapshot(gan_results.sample_images(generator, gan_results.NUM_SNAPSHOT))
     if epoch == 0:
         return
     if epoch % 10 == 0 or run.is_last():
-        gan_results.log_quality(run, generator)
+        gan_results.log_quality(run, generator, discriminator, images, test_images)
     means, labels = run.pop_means(), gan_results.labels(run.options["loss"])
     run.log("epochs", epoch=epoch, **{name: means.get(name) for name in labels})
     warnings = gan_results.find_trouble(generator, means["d_real"], means["d_fake"], run.args.dataset)
@@ -180,9 +184,10 @@ def load_model(path, device="cpu"):
 
 
 def train_and_evaluate(run, train_set, test_set):
-    images, _ = train_set
-    generator = train_main_loop(run, images, **run.options)
-    run.save_model(generator, dim_z=run.options["dim_z"], channels=run.options["g_channels"])
+    (images, _), (test_images, _) = train_set, test_set
+    generator = train_main_loop(run, images, test_images, **run.options)
+    dim_z, channels, kinds = (run.options[name] for name in ("dim_z", "g_channels", "kinds"))
+    run.save_model(generator, dim_z=dim_z, channels=channels, kinds=kinds)
     monitor_losses(run)
     gan_results.draw_samples(run, generator)
     gan_results.draw_figures(run, generator, images)

@@ -6,8 +6,11 @@ real". Both use LeakyReLU. Only the discriminator has dropout.
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from models.common import IMAGE_SHAPE, NUM_PIXELS, checked, linear_layers
+
+KIND_LENGTH = 2.0  # of the one-hot part of the noise, near that of one of ten normal coordinates' largest
 
 
 class Discriminator(nn.Module):
@@ -23,16 +26,24 @@ class Discriminator(nn.Module):
 
 
 class Generator(nn.Module):
-    """Network that turns noise of `dim_z` dimensions (100 in the handout) into an image."""
+    """Network that turns noise of `dim_z` dimensions (100 in the handout) into an image.
 
-    def __init__(self, dim_z=100, channels=(64, 128, 256)):
+    With `kinds`, the last so many coordinates of the noise only choose: the network sees a one-hot vector of length
+    KIND_LENGTH, at the largest of them. So kinds of images need not turn into one another.
+    """
+
+    def __init__(self, dim_z=100, channels=(64, 128, 256), kinds=0):
         super().__init__()
-        self.dim_z = dim_z
+        self.dim_z, self.kinds = dim_z, kinds
         self.layers = nn.Sequential(*linear_layers(dim_z, *channels, NUM_PIXELS), nn.Tanh())
 
     def forward(self, z):
         """Turn noise z (N, dim_z) into images (N, 784) in [-1, 1]."""
-        return self.layers(checked("z", z, ("N", self.dim_z), self.layers[0].weight))
+        z = checked("z", z, ("N", self.dim_z), self.layers[0].weight)
+        if self.kinds:
+            z, choices = z.split([self.dim_z - self.kinds, self.kinds], 1)
+            z = torch.cat([z, KIND_LENGTH * F.one_hot(choices.argmax(1), self.kinds)], 1)
+        return self.layers(z)
 
     @torch.no_grad()
     def sample(self, num_samples, generator=None):

@@ -10,12 +10,18 @@ from torch.distributions import Categorical, MixtureSameFamily, Normal
 from models.common import IMAGE_SHAPE
 from models.GAN import train_discriminator
 from utils import figures, files, metrics, plotting
-from utils.data import to_unit
+from utils.data import to_symmetric, to_unit
 from utils.figures import COLUMNS, NUM_SAMPLES
 
 NUM_SNAPSHOT = 50  # images of the same noise that are kept after an epoch
 STRIP_ROWS = 8  # epochs shown in samples_by_epoch.png
-QUALITY = ("frechet_distance", "classifier_score", "precision", "recall")  # columns of quality.csv
+QUALITY = (
+    "frechet_distance",
+    "classifier_score",
+    "precision",
+    "recall",
+    "coverage",
+)  # columns of quality.csv
 SATURATED = 0.95  # D(x) above it, with D(G(z)) as close to 0, means a saturated discriminator
 
 DISCRIMINATOR_OPTIMUM = math.log(4)  # its smallest loss for p_g = p_data, in nats
@@ -62,13 +68,27 @@ def find_trouble(generator, d_real, d_fake, dataset="MNIST"):
     return warnings
 
 
-def log_quality(run, generator):
-    """Add a row to quality.csv: metrics of a few samples, which quickly show how the training goes."""
+def log_quality(run, generator, discriminator, images, test_images):
+    """Add a row to quality.csv: the generator's updates, D without dropout on images, metrics of a few samples."""
     if metrics.has_classifier(run.args.dataset):
         count = metrics.NUM_JUDGED_QUICKLY if run.args.dry_run else 2000
         entries = metrics.judge_for(run, sample_images(generator, count).cpu(), "none")
-        values = {name: entries[name]["value"] for name in QUALITY}
-        run.log("quality", epoch=run.epochs_done, **values, samples=count)
+        row = {name: entries[name]["value"] for name in QUALITY}
+        row |= dict(updates=run.iteration // run.options["d_freq"], samples=count)
+        row |= dict(
+            d_train=mean_output(discriminator, images), d_test=mean_output(discriminator, test_images)
+        )
+        run.log("quality", epoch=run.epochs_done, **row)
+
+
+@torch.no_grad()
+def mean_output(discriminator, images):
+    """Return the mean D(x) over up to 10,000 uint8 images, without dropout."""
+    was_training, parts = discriminator.training, images[: metrics.NUM_JUDGED].split(metrics.CHUNK)
+    discriminator.eval()
+    outputs = torch.cat([discriminator(to_symmetric(part).flatten(1)) for part in parts])
+    discriminator.train(was_training)
+    return outputs.sigmoid().mean().item()
 
 
 def draw_losses(path, history, options):

@@ -14,7 +14,6 @@ The report names its numbers and never spells them out. A name is the folder of 
                                                    the rows of ablation.csv with several seeds, here without `plain`
     \err{step2_pixelcnn.test_nll}{2}               a metric $\pm$ its standard error; in per cent with 100* before it
     \err{comparisons.label_gain}{2}                a mean difference of two runs, paired by image, from comparisons.json
-    \val{malformed.real.images}{0}                 a count by a reader, from malformed.csv: group, column
     \mean{step1_gan.ablation.default.parzen}{1}    mean $\pm$ standard deviation over the seeds
     \calc{[step1_gan.wall_time] / 60}{0}           + - * / ** and FUNCTIONS of numbers and of such names
     \run{step1_gan}                                seed, epochs, time and hardware
@@ -67,9 +66,6 @@ def look_up(name):
         return json.loads((ROOT / "results" / "comparisons.json").read_text())[what][
             more[0] if more else "value"
         ]
-    if run == "malformed":  # results/malformed.csv, with a row for each group of images that a reader has seen
-        rows = read_table(ROOT / "results" / "malformed.csv")
-        return next(float(row[more[0]]) for row in rows if row["group"] == what)
     folder = folder_of(run)
     if what == "spread":
         return spread(read_table(folder / "ablation.csv"), *more)

@@ -4,6 +4,7 @@ NAME_EE8520_F25.pdf is the report. NAME_EE8520_F25.zip holds the code, with data
 """
 
 import io
+import re
 import sys
 import zipfile
 from fnmatch import fnmatch
@@ -22,6 +23,7 @@ REPORT = ROOT / "report" / "report.pdf"
 KINDS = "LICENSE .py .ipynb .md .txt .ini .gz .pt .npz .json .csv .png .pdf .gif".split()
 LEFT_OUT = ".* __pycache__ venv runs seeds ablation checkpoint.pt ?*MNIST".split()
 LEFT_OUT += "report.pdf skeleton.pdf runs.json *_EE8520_F25.pdf".split()
+NAME = r'[^-. <>:"/\\|?*][^<>:"/\\|?*]{,39}'  # which can begin a file's name on every system
 
 
 def files(root=ROOT):
@@ -40,34 +42,26 @@ def archive(top, root=ROOT):
     return buffer.getvalue()
 
 
-def file_name(name):
-    """Return the name if it can begin a file's name on every system, else raise UserError."""
-    bad = not name.isprintable() or set(name) & set('<>:"/\\|?*') or name.startswith("-")
-    if bad or name != name.strip(" .") or not 1 <= len(name.encode()) <= 100:
-        raise UserError(f"no file's name can begin with --lastname {name!a}: take letters, at most 100 bytes")
-    return name
-
-
 def main(argv=None):
     """Write both files, for a list of flags; return the exit code."""
     parser = ArgumentParser(prog="hand_in.py", description=__doc__)
     parser.add_argument("--lastname", required=True, metavar="NAME", help="begins the names of both files")
-    parser.add_argument(
-        "--report", type=folder, metavar="FILE", help="the PDF to hand in (report/report.pdf)"
-    )
+    parser.add_argument("--report", type=folder, default=REPORT, help="the PDF (report/report.pdf)")
     parser.add_argument("--out-dir", type=folder, default=Path(), help="folder for them (the current one)")
 
     def work():
         args = parser.parse_args(argv or [])
-        name, report = f"{file_name(args.lastname)}_EE8520_F25", args.report or REPORT
-        if not report.is_file():
-            raise UserError(f"there is no {report}: build it with latexmk, or name another --report")
-        outputs = {f"{name}.pdf": report.read_bytes(), f"{name}.zip": archive(name)}
+        if not args.lastname.isprintable() or not re.fullmatch(NAME, args.lastname):
+            raise UserError(f"no file's name begins with --lastname {args.lastname!a}: take up to 40 letters")
+        if not args.report.is_file():
+            raise UserError(f"there is no {args.report}: build it with latexmk, or name another --report")
+        name = f"{args.lastname}_EE8520_F25"
+        outputs = {f"{name}.pdf": args.report.read_bytes(), f"{name}.zip": archive(name)}
         make_folder(args.out_dir)
         for file, content in outputs.items():
             write_atomically(args.out_dir / file, content)
             say(f"{args.out_dir / file}, {len(content) / 2**20:.1f} MiB")
-        if not args.report:
+        if args.report == REPORT:
             say("The PDF is the report of the reference solution. Hand in your own with --report FILE.")
 
     return exit_code(work, "hand_in.py")

@@ -137,11 +137,9 @@ class Shifted(PixelCNN):
 
 class Dilated(PixelCNN):
     def masked_layer(self, mask_type, in_channels, out_channels, kernel_size):
-        layer, padding = (
-            super().masked_layer(mask_type, in_channels, out_channels, kernel_size),
-            kernel_size - 1,
-        )
-        layer.forward = lambda x: F.conv2d(x, layer.weight * layer.mask, layer.bias, 1, padding, dilation=2)
+        layer = super().masked_layer(mask_type, in_channels, out_channels, kernel_size)
+        more = dict(padding=kernel_size - 1, dilation=2)
+        layer.forward = lambda x: F.conv2d(x, layer.weight * layer.mask, layer.bias, **more)
         return layer
 
 

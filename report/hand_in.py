@@ -26,19 +26,15 @@ LEFT_OUT += "report.pdf skeleton.pdf runs.json *_EE8520_F25.pdf".split()
 NAME = r'[^-. <>:"/\\|?*][^<>:"/\\|?*]{,39}'  # which can begin a file's name on every system
 
 
-def files(root=ROOT):
-    """Return the paths of the archive's files, relative to the root and sorted."""
-    paths = [path.relative_to(root) for path in sorted(root.rglob("*")) if path.is_file()]
-    kept = [path for path in paths if (path.suffix or path.name) in KINDS]
-    return [path for path in kept if not any(fnmatch(part, out) for part in path.parts for out in LEFT_OUT)]
-
-
 def archive(top, root=ROOT):
     """Return a zip archive of the project in one folder called `top`, as bytes."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as content:
-        for path in files(root):
-            content.write(root / path, f"{top}/{path.as_posix()}")
+        for path in sorted(root.rglob("*")):
+            parts = path.relative_to(root).parts
+            left_out = any(fnmatch(part, pattern) for part in parts for pattern in LEFT_OUT)
+            if path.is_file() and (path.suffix or path.name) in KINDS and not left_out:
+                content.write(path, "/".join([top, *parts]))
     return buffer.getvalue()
 
 

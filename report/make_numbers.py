@@ -199,21 +199,11 @@ def make_files(path):
     return {name: "".join(numbers.values()), **listings}
 
 
-def named_folder(text):
-    """argparse type: return the name and the folder of NAME=FOLDER, relative to the project."""
-    name, _, folder = text.partition("=")
-    path = Path(os.path.relpath(os.path.expanduser(folder), ROOT))
-    needed = "ablation.csv" if name.endswith("_ablation") else "config.json"
-    if name not in NAMES or not (ROOT / path / needed).exists():
-        raise argparse.ArgumentTypeError(f"{text!r}: NAME is one of {', '.join(NAMES)}, FOLDER has {needed}")
-    return name, path.as_posix()
-
-
 def main(argv=None):
     """Write the numbers of the report, or choose the skeleton's runs and write its numbers."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add, what = parser.add_argument, f"NAME=FOLDER for the skeleton; a NAME is {', '.join(NAMES)}"
-    add("--results", nargs="+", action="extend", default=[], type=named_folder, help=what)
+    add("--results", nargs="+", action="extend", default=[], help=what)
     add("--author", help="author of the skeleton")
     add("--skeleton", action="store_true", help="write the skeleton's numbers, of the runs chosen before")
     args = parser.parse_args(argv)
@@ -221,7 +211,14 @@ def main(argv=None):
     if args.skeleton or args.results or args.author:
         document = REPORT / "skeleton.tex"
         choice.update(json.loads(kept.read_text()) if kept.exists() else {})
-        choice.update(args.results, **({"author": args.author} if args.author else {}))
+        choice.update({"author": args.author} if args.author else {})
+        for text in args.results:
+            name, _, folder = text.partition("=")
+            path = Path(os.path.relpath(Path(folder).expanduser(), ROOT))
+            needed = "ablation.csv" if name.endswith("_ablation") else "config.json"
+            if name not in NAMES or not (ROOT / path / needed).exists():
+                parser.error(f"{text!r}: NAME is one of {', '.join(NAMES)}, FOLDER has {needed}")
+            choice[name] = path.as_posix()
         kept.write_text(json.dumps(choice, indent=2) + "\n")
     for name, text in make_files(document).items():
         (REPORT / name).write_text(text, encoding="utf-8")

@@ -34,6 +34,7 @@ HEADINGS = dict(
     mixture_nll="NLL without label", latent_dim="latent dimensions", test_negative_elbo="-ELBO (nats)",
     test_kl="KL (nats)", test_bound="importance bound (nats)", test_negative_elbo_grey="-ELBO, grey pixels",
     accuracy_none="grey", accuracy_threshold="thresholded", accuracy_stochastic="stochastic",
+    formula="comparison", usual_seconds="plain (s)", seconds="cached (s)", value="ratio", hardware="on",
 )  # fmt: skip
 # The first run's values per image minus the second's, by the name in comparisons.json.
 COMPARISONS = dict(
@@ -97,7 +98,7 @@ class Tables:
             name, metrics = path.parent.relative_to(self._folder).as_posix(), path.with_name("metrics.json")
             if path.name == "config.json" and metrics.exists() and not re.search("/(ablation|seeds)", name):
                 self._runs[name] = {**read_json(path), "metrics": read_json(metrics)}
-        published = [[*row.values()] for row in read_csv(self._folder / "published.csv")]
+        published = [[*row.values()] for row in self._read("published.csv")]
         self._headlines = [row for row in published if row[0] in self._runs]
 
     def headlines(self):
@@ -128,7 +129,7 @@ class Tables:
     def families(self, *keys):
         """All families on one scale, thresholded samples, with the prior of the VAE and with those for --prior."""
         rows = []
-        for row in read_csv(self._folder / "families.csv"):
+        for row in self._read("families.csv"):
             run, suffix = self._runs.get(row["run"], {"metrics": ()}), row["suffix"] or ""
             if keys[0] + suffix in run["metrics"]:
                 rows.append([row["samples of"], *(cell(run, key + suffix) for key in keys)])
@@ -136,7 +137,7 @@ class Tables:
 
     def ablation(self, name, *keys):
         """Means over the seeds, and the standard deviation where there are several, ranked by the first metric."""
-        rows, found = [], self._read(name, "ablation.csv")
+        rows, found = [], self._read(f"{name}/ablation.csv")
         for row in sorted(found, key=lambda row: row[f"{keys[0]}_mean"] or math.inf):
             changes = SCRIPTS[name[:5]].VARIANTS.get(row["variant"], ("", {}))[1]
             change = ", ".join(f"{name}={value}" for name, value in changes.items())
@@ -144,15 +145,9 @@ class Tables:
             rows.append([f"`{row['variant']}`", change, shown(row["seeds"]), *means])
         return table(["variant", "change", "seeds", *keys], rows)
 
-    def quality(self, name, *keys):
-        rows = self._read(name, "quality.csv")
-        return table(keys, [[shown(row[key]) for key in keys] for row in rows])
-
-    def speed(self):
-        keys, rows = ("usual_seconds", "seconds", "value"), []
-        for each in read_json(self._folder / "benchmark" / "metrics.json").values():
-            rows.append([each["formula"], *(shown(each[key]) for key in keys), each["hardware"]])
-        return table(["comparison", "plain (s)", "cached (s)", "ratio", "on"], rows)
+    def entries(self, file, *keys):
+        """The rows of a CSV file, or the entries of a JSON file."""
+        return table(keys, [[shown(row[key]) for key in keys] for row in self._read(file)])
 
     def gallery(self, *names):
         """The figures of these runs, with their lines in the docstring of the step script."""
@@ -165,18 +160,19 @@ class Tables:
                     rows.append((f'<img src="{path}" width="360">', f"`{path}`: {text}"))
         return table(["figure", "what it shows"], rows)
 
-    def _read(self, name, file):
-        path = self._folder / name / file
-        return read_csv(path) if path.exists() else []
+    def _read(self, file):
+        path = self._folder / file
+        if not path.exists():
+            return []
+        return read_csv(path) if path.suffix == ".csv" else read_json(path).values()
 
 
 def comparisons(root):
     """Return the content of comparisons.json: mean differences over the test images, with their standard errors."""
     entries = {}
     for name, sides in COMPARISONS.items():
-        (first, pixels), (second, other_pixels) = (
-            per_image(root / "results" / folder, key) for folder, key in map(str.split, sides)
-        )
+        found = [per_image(root / "results" / folder, key) for folder, key in map(str.split, sides)]
+        (first, pixels), (second, other_pixels) = found
         if pixels and pixels == other_pixels:
             value, error = differ.paired(first, second)
             formula = f"{' minus '.join(sides)}, mean over test images with equal pixels"
@@ -192,7 +188,7 @@ def outdated(root):
         kind, *arguments = match[2].split()
         return f"{match[1]}{getattr(tables, kind)(*arguments)}\n"
 
-    pattern = re.compile(r"(<!-- table: ([a-z][\w\s/]*?) -->\n).*?(?=<!-- end -->)", re.DOTALL)
+    pattern = re.compile(r"(<!-- table: ([a-z][\w\s/.]*?) -->\n).*?(?=<!-- end -->)", re.DOTALL)
     texts = {page: pattern.sub(make, (root / page).read_text(encoding="utf-8")) for page in PAGES}
     texts["results/comparisons.json"] = comparisons(root)
     return {page: text for page, text in texts.items() if (root / page).read_text(encoding="utf-8") != text}

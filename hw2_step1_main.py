@@ -27,12 +27,12 @@ and after --ablation:
     ablation.csv                the same and other metrics as a table
 """
 
+import copy
 import sys
 from typing import Annotated, Literal
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 from models.GAN import Discriminator, Generator, relativistic_logits, train_discriminator, train_generator
 from utils import cli, files, gan_results
@@ -98,10 +98,11 @@ def train_main_loop(
     d_channels: Annotated[tuple[int, ...], "units of D's hidden layers"] = (256, 128, 64),
 ):
     """Train on uint8 images (N, 1, 28, 28); return the generator with averaged (EMA) weights."""
-    generator = Generator(dim_z, g_channels, kinds).to(run.device)
+    generator = Generator(**generator_arguments(dim_z, g_channels, kinds)).to(run.device)
     discriminator = Discriminator(d_channels, dropout).to(run.device)
-    # ema.module is a copy of the generator whose weights are a moving average. It draws better samples.
-    ema = AveragedModel(generator, multi_avg_fn=ema_with_warm_up(ema_decay))
+    ema = copy.deepcopy(
+        generator
+    )  # its weights are a moving average of the generator's, and draw better samples
     adam = dict(betas=(0.5, 0.999), fused=True)  # betas of Radford et al. 2016, arXiv 1511.06434
     g_optimizer = torch.optim.Adam(generator.parameters(), g_learning_rate, **adam)
     d_optimizer = torch.optim.Adam(discriminator.parameters(), d_learning_rate, **adam)
@@ -111,7 +112,7 @@ def train_main_loop(
     networks = dict(generator=generator, discriminator=discriminator, ema=ema)
     run.resume_or_start(**networks, g_optimizer=g_optimizer, d_optimizer=d_optimizer)
     if run.is_new:
-        monitor_images(run, ema.module, discriminator, images, test_images)
+        monitor_images(run, ema, discriminator, images, test_images)
 
     for _ in run.epochs(num_epochs):
         for (batch,) in run.batches(images, batch_size=batch_size):
@@ -131,28 +132,32 @@ def train_main_loop(
                     saturating=(loss == "saturating"),
                     outputs_real=discriminator(x) if loss == "relativistic" else None,
                 )  # fmt: skip
-                ema.update_parameters(generator)
+                update_average(ema, generator, ema_decay, num_updates=run.iteration // d_freq)
             if loss == "relativistic":
                 outputs_real, outputs_fake = relativistic_logits(outputs_real, outputs_fake)
             d_real, d_fake = outputs_real.sigmoid().mean(), outputs_fake.sigmoid().mean()
             run.record_row(d_loss=d_loss, g_loss=g_loss, d_real=d_real, d_fake=d_fake)
-        monitor_images(run, ema.module, discriminator, images, test_images)
-    return ema.module
+        monitor_images(run, ema, discriminator, images, test_images)
+    return ema
 
 
-def ema_with_warm_up(decay):
-    """Return the update of an exponential moving average whose decay rises to `decay`.
+def generator_arguments(dim_z, g_channels, kinds, **_):
+    """Return the arguments of `Generator`, without `kinds` if there are none: a textbook's generator lacks them."""
+    return dict(dim_z=dim_z, channels=g_channels) | ({"kinds": kinds} if kinds else {})
 
-    It is 2/11 at first and 0.9 after 80 updates. So early averages follow the weights, and early samples show
-    what was learnt.
+
+@torch.no_grad()
+def update_average(ema, generator, decay, num_updates):
+    """Update the exponential moving average (EMA) of the generator's weights after so many updates of the generator.
+
+    The decay rises: it is 0 at first, 2/11 then, and 0.9 after 81 updates. So early averages follow the weights, and
+    early samples show what was learnt.
     """
-
-    def update(averages, currents, num_averaged):
-        n = int(num_averaged)
-        for average, current in zip(averages, currents):
-            average.lerp_(current, 1 - min(decay, (1 + n) / (10 + n)))
-
-    return update
+    kept = min(decay, num_updates / (9 + num_updates)) if num_updates > 1 else 0.0
+    for average, weight in zip(ema.parameters(), generator.parameters()):
+        average.lerp_(weight, 1 - kept)
+    for average, value in zip(ema.buffers(), generator.buffers()):  # which only a generator of your own has
+        average.copy_(value)
 
 
 def monitor_images(run, generator, discriminator, images, test_images):
@@ -186,8 +191,7 @@ def load_model(path, device="cpu"):
 def train_and_evaluate(run, train_set, test_set):
     (images, _), (test_images, _) = train_set, test_set
     generator = train_main_loop(run, images, test_images, **run.options)
-    dim_z, channels, kinds = (run.options[name] for name in ("dim_z", "g_channels", "kinds"))
-    run.save_model(generator, dim_z=dim_z, channels=channels, kinds=kinds)
+    run.save_model(generator, **generator_arguments(**run.options))
     monitor_losses(run)
     gan_results.draw_samples(run, generator)
     gan_results.draw_figures(run, generator, images)

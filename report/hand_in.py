@@ -4,6 +4,7 @@ NAME_EE8520_F25.pdf is the report. NAME_EE8520_F25.zip holds the code, with data
 """
 
 import io
+import re
 import sys
 import zipfile
 from fnmatch import fnmatch
@@ -22,52 +23,41 @@ REPORT = ROOT / "report" / "report.pdf"
 KINDS = "LICENSE .py .ipynb .md .txt .ini .gz .pt .npz .json .csv .png .pdf .gif".split()
 LEFT_OUT = ".* __pycache__ venv runs seeds ablation checkpoint.pt ?*MNIST".split()
 LEFT_OUT += "report.pdf skeleton.pdf runs.json *_EE8520_F25.pdf".split()
-
-
-def files(root=ROOT):
-    """Return the paths of the archive's files, relative to the root and sorted."""
-    paths = [path.relative_to(root) for path in sorted(root.rglob("*")) if path.is_file()]
-    kept = [path for path in paths if (path.suffix or path.name) in KINDS]
-    return [path for path in kept if not any(fnmatch(part, out) for part in path.parts for out in LEFT_OUT)]
+NAME = r'[^-. <>:"/\\|?*][^<>:"/\\|?*]{,39}'  # which can begin a file's name on every system
 
 
 def archive(top, root=ROOT):
     """Return a zip archive of the project in one folder called `top`, as bytes."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as content:
-        for path in files(root):
-            content.write(root / path, f"{top}/{path.as_posix()}")
+        for path in sorted(root.rglob("*")):
+            parts = path.relative_to(root).parts
+            left_out = any(fnmatch(part, pattern) for part in parts for pattern in LEFT_OUT)
+            if path.is_file() and (path.suffix or path.name) in KINDS and not left_out:
+                content.write(path, "/".join([top, *parts]))
     return buffer.getvalue()
-
-
-def file_name(name):
-    """Return the name if it can begin a file's name on every system, else raise UserError."""
-    bad = not name.isprintable() or set(name) & set('<>:"/\\|?*') or name.startswith("-")
-    if bad or name != name.strip(" .") or not 1 <= len(name.encode()) <= 100:
-        raise UserError(f"no file's name can begin with --lastname {name!a}: take letters, at most 100 bytes")
-    return name
 
 
 def main(argv=None):
     """Write both files, for a list of flags; return the exit code."""
     parser = ArgumentParser(prog="hand_in.py", description=__doc__)
     parser.add_argument("--lastname", required=True, metavar="NAME", help="begins the names of both files")
-    parser.add_argument(
-        "--report", type=folder, metavar="FILE", help="the PDF to hand in (report/report.pdf)"
-    )
+    parser.add_argument("--report", type=folder, default=REPORT, help="the PDF (report/report.pdf)")
     parser.add_argument("--out-dir", type=folder, default=Path(), help="folder for them (the current one)")
 
     def work():
         args = parser.parse_args(argv or [])
-        name, report = f"{file_name(args.lastname)}_EE8520_F25", args.report or REPORT
-        if not report.is_file():
-            raise UserError(f"there is no {report}: build it with latexmk, or name another --report")
-        outputs = {f"{name}.pdf": report.read_bytes(), f"{name}.zip": archive(name)}
+        if not args.lastname.isprintable() or not re.fullmatch(NAME, args.lastname):
+            raise UserError(f"no file's name begins with --lastname {args.lastname!a}: take up to 40 letters")
+        if not args.report.is_file():
+            raise UserError(f"there is no {args.report}: build it with latexmk, or name another --report")
+        name = f"{args.lastname}_EE8520_F25"
+        outputs = {f"{name}.pdf": args.report.read_bytes(), f"{name}.zip": archive(name)}
         make_folder(args.out_dir)
         for file, content in outputs.items():
             write_atomically(args.out_dir / file, content)
             say(f"{args.out_dir / file}, {len(content) / 2**20:.1f} MiB")
-        if not args.report:
+        if args.report == REPORT:
             say("The PDF is the report of the reference solution. Hand in your own with --report FILE.")
 
     return exit_code(work, "hand_in.py")

@@ -2,8 +2,8 @@
 
 A table stands between <!-- table: NAME --> and <!-- end -->. NAME is a method of `Tables`, followed by its
 arguments. With --check nothing is written, and pages that differ are named. Only files that git tracks, or would
-add, are read, so experiments stay out. What others have published is in results/published.csv. The caption of a
-figure is its line in the docstring of the step script. comparisons.json has paired differences of values per image.
+add, are read, so experiments stay out. The runs of some tables, and what others have published, are in families.csv
+and published.csv. The caption of a figure is its line in the docstring of the step script.
 """
 
 import json
@@ -34,31 +34,12 @@ HEADINGS = dict(
     mixture_nll="NLL without label", latent_dim="latent dimensions", test_negative_elbo="-ELBO (nats)",
     test_kl="KL (nats)", test_bound="importance bound (nats)", test_negative_elbo_grey="-ELBO, grey pixels",
     accuracy_none="grey", accuracy_threshold="thresholded", accuracy_stochastic="stochastic",
+    formula="comparison", usual_seconds="plain (s)", seconds="cached (s)", value="ratio", hardware="on",
 )  # fmt: skip
-
-
-# Whose samples, the run, and the end of its keys in metrics.json.
-FAMILIES = (
-    ("GAN", "step1_gan", "_threshold"),
-    ("PixelCNN", "step2_pixelcnn", ""),
-    ("PixelCNN, class-conditional", "step2_conditional_pixelcnn", ""),
-    ("PixelCNN, `long`", "step2_pixelcnn/variants/long", ""),
-    ("PixelCNN, class-conditional, `long`", "step2_conditional_pixelcnn/variants/long", ""),
-    ("VAE, 2-D", "step3_vae", "_threshold"),
-    ("VAE, 2-D, fitted prior", "step3_vae", "_fitted_threshold"),
-    ("VAE, 2-D, codes of training images", "step3_vae", "_codes_threshold"),
-    ("VAE, 20-D", "step3_vae/variants/long-20", "_threshold"),
-    ("VAE, 20-D, fitted prior", "step3_vae/variants/long-20", "_fitted_threshold"),
-    ("VAE, 20-D, codes of training images", "step3_vae/variants/long-20", "_codes_threshold"),
-)
 # The first run's values per image minus the second's, by the name in comparisons.json.
 COMPARISONS = dict(
     label_gain=("step2_pixelcnn nll", "step2_conditional_pixelcnn nll"),
     mixture_gain=("step2_pixelcnn nll", "step2_conditional_pixelcnn mixture_nll"),
-    label_gain_stochastic=(
-        "step2_pixelcnn/variants/stochastic nll",
-        "step2_conditional_pixelcnn/variants/stochastic nll",
-    ),
     latent_gain=("step3_vae bound", "step3_vae/variants/long-20 bound"),
 )
 
@@ -104,24 +85,27 @@ def table(headings, rows):
     kept = [column for column in range(len(headings)) if any(row[column] for row in rows)]
     headings = [HEADINGS.get(each, each.replace("_", " ")) for each in headings]
     lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join("| " + " | ".join(line[each] for each in kept) + " |" for line in lines if rows)
+    text = "\n".join("| " + " | ".join(line[each] for each in kept) + " |" for line in lines)
+    return text if rows else "There is no such run yet."
 
 
 class Tables:
     """The tables of the reported runs, each as Markdown. A run is named by its folder below results/."""
 
     def __init__(self, root):
-        self._folder, self._files, self._runs = root / "results", reported_files(root), {}
-        self._headlines = [[*row.values()] for row in read_csv(self._folder / "published.csv")]
-        for path in self._files:
+        self._folder, self._runs = root / "results", {}
+        for path in reported_files(root):
             name, metrics = path.parent.relative_to(self._folder).as_posix(), path.with_name("metrics.json")
-            several = re.search("/(ablation|seeds)", name)
-            if path.name == "config.json" and metrics in self._files and not several:
+            if path.name == "config.json" and metrics.exists() and not re.search("/(ablation|seeds)", name):
                 self._runs[name] = {**read_json(path), "metrics": read_json(metrics)}
+        published = [[*row.values()] for row in self._read("published.csv")]
+        self._headlines = [row for row in published if row[0] in self._runs]
 
     def headlines(self):
-        found = [row for row in self._headlines if row[0] in self._runs]
-        rows = [(model, name, cell(self._runs[run], key), others) for run, model, key, name, others in found]
+        rows = [
+            (model, name, cell(self._runs[run], key), other)
+            for run, model, key, name, other in self._headlines
+        ]
         return table(["model", "figure", "here", "published"], rows)
 
     def commands(self, *names):
@@ -145,14 +129,15 @@ class Tables:
     def families(self, *keys):
         """All families on one scale, thresholded samples, with the prior of the VAE and with those for --prior."""
         rows = []
-        for name, run, suffix in FAMILIES:
-            if f"{keys[0]}{suffix}" in self._runs.get(run, {"metrics": ()})["metrics"]:
-                rows.append([name, *(cell(self._runs[run], key + suffix) for key in keys)])
+        for row in self._read("families.csv"):
+            run, suffix = self._runs.get(row["run"], {"metrics": ()}), row["suffix"] or ""
+            if keys[0] + suffix in run["metrics"]:
+                rows.append([row["samples of"], *(cell(run, key + suffix) for key in keys)])
         return table(["samples of", *keys], rows)
 
     def ablation(self, name, *keys):
         """Means over the seeds, and the standard deviation where there are several, ranked by the first metric."""
-        rows, found = [], self._read(name, "ablation.csv")
+        rows, found = [], self._read(f"{name}/ablation.csv")
         for row in sorted(found, key=lambda row: row[f"{keys[0]}_mean"] or math.inf):
             changes = SCRIPTS[name[:5]].VARIANTS.get(row["variant"], ("", {}))[1]
             change = ", ".join(f"{name}={value}" for name, value in changes.items())
@@ -160,15 +145,9 @@ class Tables:
             rows.append([f"`{row['variant']}`", change, shown(row["seeds"]), *means])
         return table(["variant", "change", "seeds", *keys], rows)
 
-    def quality(self, name, *keys):
-        rows = self._read(name, "quality.csv")
-        return table(keys, [[shown(row[key]) for key in keys] for row in rows])
-
-    def speed(self):
-        path, keys = self._folder / "benchmark" / "metrics.json", ("usual_seconds", "seconds", "value")
-        entries = read_json(path).values() if path in self._files else ()
-        rows = [[each["formula"], *(shown(each[key]) for key in keys), each["hardware"]] for each in entries]
-        return table(["comparison", "plain (s)", "cached (s)", "ratio", "on"], rows)
+    def entries(self, file, *keys):
+        """The rows of a CSV file, or the entries of a JSON file."""
+        return table(keys, [[shown(row[key]) for key in keys] for row in self._read(file)])
 
     def gallery(self, *names):
         """The figures of these runs, with their lines in the docstring of the step script."""
@@ -177,35 +156,23 @@ class Tables:
             page = SCRIPTS[self._runs[folder]["step"][:5]].__doc__
             for figure, text in re.findall(r"^ {4}(\S+\.(?:png|gif)) {2,}(.+)$", page, re.MULTILINE):
                 path = f"{folder}/{figure}"
-                if self._folder / path in self._files:
+                if (self._folder / path).exists():
                     rows.append((f'<img src="{path}" width="360">', f"`{path}`: {text}"))
         return table(["figure", "what it shows"], rows)
 
-    def _read(self, name, file):
-        path = self._folder / name / file
-        return read_csv(path) if path in self._files else []
-
-
-def pages(root):
-    """Return the text of each page, by its name, with all tables made anew."""
-    tables = Tables(root)
-
-    def make(match):
-        kind, *arguments = match[2].split()
-        return f"{match[1]}{getattr(tables, kind)(*arguments) or 'There is no such run yet.'}\n"
-
-    pattern = re.compile(r"(<!-- table: ([a-z][\w\s/]*?) -->\n).*?(?=<!-- end -->)", re.DOTALL)
-    texts = {page: pattern.sub(make, (root / page).read_text(encoding="utf-8")) for page in PAGES}
-    return {**texts, "results/comparisons.json": comparisons(root)}
+    def _read(self, file):
+        path = self._folder / file
+        if not path.exists():
+            return []
+        return read_csv(path) if path.suffix == ".csv" else read_json(path).values()
 
 
 def comparisons(root):
     """Return the content of comparisons.json: mean differences over the test images, with their standard errors."""
     entries = {}
     for name, sides in COMPARISONS.items():
-        (first, pixels), (second, other_pixels) = (
-            per_image(root / "results" / folder, key) for folder, key in map(str.split, sides)
-        )
+        found = [per_image(root / "results" / folder, key) for folder, key in map(str.split, sides)]
+        (first, pixels), (second, other_pixels) = found
         if pixels and pixels == other_pixels:
             value, error = differ.paired(first, second)
             formula = f"{' minus '.join(sides)}, mean over test images with equal pixels"
@@ -214,8 +181,17 @@ def comparisons(root):
 
 
 def outdated(root):
-    """Return the names of the pages that differ from the results."""
-    return [page for page, text in pages(root).items() if (root / page).read_text(encoding="utf-8") != text]
+    """Return the pages that differ from the results, as a dict of what they should hold."""
+    tables = Tables(root)
+
+    def make(match):
+        kind, *arguments = match[2].split()
+        return f"{match[1]}{getattr(tables, kind)(*arguments)}\n"
+
+    pattern = re.compile(r"(<!-- table: ([a-z][\w\s/.]*?) -->\n).*?(?=<!-- end -->)", re.DOTALL)
+    texts = {page: pattern.sub(make, (root / page).read_text(encoding="utf-8")) for page in PAGES}
+    texts["results/comparisons.json"] = comparisons(root)
+    return {page: text for page, text in texts.items() if (root / page).read_text(encoding="utf-8") != text}
 
 
 def main(argv=None):
@@ -224,14 +200,12 @@ def main(argv=None):
     parser.add_argument("--check", action="store_true", help="write nothing, name the pages that differ")
 
     def work():
-        if not parser.parse_args(argv or []).check:
-            for page, text in pages(ROOT).items():
-                write_atomically(ROOT / page, text.encode())
-                say(f"wrote {ROOT / page}")
-        elif outdated(ROOT):
-            raise UserError(
-                f"{', '.join(outdated(ROOT))}: out of date, python results/make_tables.py mends it"
-            )
+        check, pages = parser.parse_args(argv or []).check, outdated(ROOT)
+        if check and pages:
+            raise UserError(f"{', '.join(pages)}: out of date, python results/make_tables.py mends it")
+        for page, text in pages.items():
+            write_atomically(ROOT / page, text.encode())
+            say(f"wrote {ROOT / page}")
 
     return exit_code(work, "make_tables.py")
 

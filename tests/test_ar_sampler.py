@@ -21,8 +21,9 @@ def image_size(monkeypatch, height, width):
 
 
 @pytest.fixture(autouse=True)
-def _strict():
+def _small_images_and_no_slow_sampling(monkeypatch):
     """Let a test fail whose sampling falls back to the plain loop, unless it says so."""
+    image_size(monkeypatch, 7, 6)
     with warnings.catch_warnings():
         warnings.simplefilter("error", SlowSampling)
         yield
@@ -81,8 +82,7 @@ class PlainHead(PixelCNN):
 
 
 @pytest.mark.parametrize("network_class", [Normalised, TwoLayersInABlock, PlainHead])
-def test_networks_that_a_reader_may_try_can_be_sampled(network_class, monkeypatch):
-    image_size(monkeypatch, 6, 6)
+def test_networks_that_a_reader_may_try_can_be_sampled(network_class):
     network = build(network_class, head_channels=5, pointwise=False)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -94,11 +94,14 @@ def test_networks_that_a_reader_may_try_can_be_sampled(network_class, monkeypatc
 @pytest.mark.parametrize("same", [False, True])
 def test_textbook_layers_in_place_of_ours_are_cached(same, monkeypatch):
     """They have none of our attributes, a mask of shape (1, 1, k, k), and perhaps padding="same"."""
-    image_size(monkeypatch, 7, 6)
-    for name in ("MaskedConv2d", "ConditionalMaskedConv2d"):
-        theirs = getattr(textbook, name)
-        layer = (lambda *sizes, padding, of=theirs: of(*sizes, padding="same")) if same else theirs
-        monkeypatch.setattr(AR, name, layer)
+    for theirs in (textbook.MaskedConv2d, textbook.ConditionalMaskedConv2d):
+
+        def layer(*sizes, padding, of=theirs):
+            made = of(*sizes, padding="same" if same else padding)
+            made.mask = made.mask[:1, :1]
+            return made
+
+        monkeypatch.setattr(AR, theirs.__name__, layer)
     for network_class, what in ((PixelCNN, 3), (ConditionalPixelCNN, [0, 3, 6])):
         network = build(network_class, block="gated")
         assert isinstance(network.first, textbook.MaskedConv2d)
@@ -133,11 +136,9 @@ class Shifted(PixelCNN):
 
 class Dilated(PixelCNN):
     def masked_layer(self, mask_type, in_channels, out_channels, kernel_size):
-        layer, padding = (
-            super().masked_layer(mask_type, in_channels, out_channels, kernel_size),
-            kernel_size - 1,
-        )
-        layer.forward = lambda x: F.conv2d(x, layer.weight * layer.mask, layer.bias, 1, padding, dilation=2)
+        layer = super().masked_layer(mask_type, in_channels, out_channels, kernel_size)
+        more = dict(padding=kernel_size - 1, dilation=2)
+        layer.forward = lambda x: F.conv2d(x, layer.weight * layer.mask, layer.bias, **more)
         return layer
 
 
@@ -146,15 +147,14 @@ class NormalisedOverPixels(PixelCNN):
 
     def __init__(self, **architecture):
         super().__init__(**architecture)
-        self.activation = nn.LayerNorm([5, 6, 6], dtype=torch.double)
+        self.activation = nn.LayerNorm([5, 7, 6], dtype=torch.double)
 
 
 @pytest.mark.parametrize("network_class", [Unmasked, OpenMask, Shifted, Dilated, NormalisedOverPixels])
-def test_the_plain_loop_draws_what_the_cache_cannot(network_class, monkeypatch):
-    image_size(monkeypatch, 6, 6)
+def test_the_plain_loop_draws_what_the_cache_cannot(network_class):
     network = build(network_class, head_channels=5)
     nn.init.normal_(network.head[-1].weight, std=3)
-    assert not can_cache(network, (8, 1, 6, 6)) and can_cache(build(PixelCNN), (8, 1, 6, 6))
+    assert not can_cache(network, (8, 1, 7, 6)) and can_cache(build(PixelCNN), (8, 1, 7, 6))
     for given in (None, torch.ones(3, 1, 2, 6)):
         with pytest.warns(SlowSampling, match="because") as warned:
             images = network.sample(3, given=given)
@@ -162,7 +162,7 @@ def test_the_plain_loop_draws_what_the_cache_cannot(network_class, monkeypatch):
         assert torch.equal(images, network.sample(3, cached=False, given=given))
 
 
-def test_a_mistake_in_the_network_keeps_its_traceback(monkeypatch):
+def test_a_mistake_in_the_network_keeps_its_traceback():
     network = PixelCNN(**SMALL).train()
     network.blocks[1][0].forward = lambda x: [1, 2][3]
     with pytest.raises(IndexError), pytest.warns(SlowSampling):
@@ -172,7 +172,6 @@ def test_a_mistake_in_the_network_keeps_its_traceback(monkeypatch):
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_images_do_not_depend_on_how_many_are_drawn_at_once(cached, monkeypatch):
-    image_size(monkeypatch, 6, 5)
     labels = torch.arange(7)
     network = build(ConditionalPixelCNN)
     whole = network.sample(labels, cached=cached)
@@ -182,8 +181,7 @@ def test_images_do_not_depend_on_how_many_are_drawn_at_once(cached, monkeypatch)
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_completion_keeps_the_given_rows_and_draws_the_rest(cached, monkeypatch):
-    image_size(monkeypatch, 10, 8)
+def test_completion_keeps_the_given_rows_and_draws_the_rest(cached):
     network = build(PixelCNN)
     nn.init.normal_(network.head[-1].weight, std=3)  # so that the rows above matter
     whole = network.sample(3, cached=cached)
@@ -196,8 +194,7 @@ def test_completion_keeps_the_given_rows_and_draws_the_rest(cached, monkeypatch)
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_sampling_is_in_eval_mode_and_restores_the_mode(cached, monkeypatch):
-    image_size(monkeypatch, 6, 5)
+def test_sampling_is_in_eval_mode_and_restores_the_mode(cached):
     network = PixelCNN(dropout=0.3, **SMALL)
     first = network.sample(4, cached=cached)
     assert network.training and torch.equal(first, network.sample(4, cached=cached))
@@ -206,11 +203,10 @@ def test_sampling_is_in_eval_mode_and_restores_the_mode(cached, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.double, torch.half, torch.bfloat16])
 @pytest.mark.parametrize("cached", [True, False])
-def test_networks_of_other_types_can_be_sampled(dtype, cached, monkeypatch):
-    image_size(monkeypatch, 6, 5)
+def test_networks_of_other_types_can_be_sampled(dtype, cached):
     for network, what in ((PixelCNN(**SMALL), 2), (ConditionalPixelCNN(**SMALL), [3, 8])):
         images = network.to(dtype).sample(what, cached=cached)
-        assert images.dtype is dtype and images.shape == (2, 1, 6, 5)
+        assert images.dtype is dtype and images.shape == (2, 1, 7, 6)
         assert set(images.unique().tolist()) == {0, 1}
 
 

@@ -17,7 +17,6 @@ Writes into results/step2_pixelcnn/ or results/step2_conditional_pixelcnn/:
     completions.png      test digits whose lower half the network has drawn
     drawing.gif          samples that appear pixel by pixel, and the probabilities that the network predicts
     nll_map.png          mean NLL of each pixel
-    nll_digits.png       mean NLL of each digit
     receptive_field.png  the pixels that a prediction depends on, and the blind spot
     losses.csv, batches.csv, per_image.npz, metrics.json, config.json, model.pt
 and with --conditional:

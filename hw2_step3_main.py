@@ -17,7 +17,6 @@ Writes into results/step3_vae/:
     latent_plane.png      the latent plane, decoded at quantiles of the prior
     latent_means.png      the posterior means of the test digits, coloured by digit
     reconstructions.png   test images above their reconstructions
-    extremes.png          the best and the worst reconstruction of each digit
     training.gif          the latent plane over the epochs, a moving picture
     walk.png              from one test digit to another, in the latent space and in pixels
     losses.csv, batches.csv, per_image.npz, metrics.json, config.json, model.pt, prior.pt

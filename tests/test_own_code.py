@@ -12,7 +12,7 @@ from models import AR, ar_sampler
 from tests import children, textbook
 from tests.children import FLAGS, STEPS
 from tests.conftest import documented_files
-from utils import cli, gan_results, metrics, pixelcnn_results
+from utils import cli, metrics, pixelcnn_results
 from utils.figures import STYLE
 
 REPLACED = [
@@ -35,7 +35,6 @@ def quick(monkeypatch):
         (cli, "load_data", children.few_images),
         (metrics, "load_data", children.few_images),
         (metrics, "NUM_JUDGED_QUICKLY", 20),
-        (gan_results, "OPTIMUM_STEPS", 20),
         (step2, "load_unconditional", lambda run: None),
         (
             ar_sampler,

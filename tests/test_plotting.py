@@ -32,7 +32,6 @@ POINTS = torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
 DIGITS = torch.arange(60) % 10
 CURVES = {"training": [None, 3.0, 2.0, 1.5], "test": [9.0, 3.5, float("nan"), 2.0]}
 PIXELS = torch.arange(28 * 28).reshape(28, 28)
-X = torch.linspace(0.1, 1, 20)
 
 ROWS = [
     {"variant": "default", "elbo_mean": 9.0, "elbo_std": 0.1, "nll_mean": 8.0, "nll_std": 0.2},
@@ -51,10 +50,8 @@ CALLS = {
         range(4), [("loss", CURVES, {"optimum": 1.0}), ("error", CURVES, {"one": 1, "two": 2})], "epoch", 2, ["error"]
     ),
     "save_batches": (dict(iteration=[1, 2, 3], loss=[5.0, 4.0, 3.0]), "loss", {"test images": 3.5}),
-    "save_optimal_discriminator": (X, [(title, X**2, X**2, X**4) for title in "ab"]),
     "save_map": (PIXELS, "label"),
     "save_receptive_field": (((PIXELS > 100) & (PIXELS < 395)).float() * (PIXELS + 1), (14, 3)),
-    "save_bars": (range(3), [1.0, 2.0, 3.0], "digit", "NLL"),
     "save_confusion": (DIGITS, DIGITS.flip(0), "guess"),
     "save_ablation": (ROWS, {"nats": {"ELBO": "elbo", "NLL": "nll"}, "distance": {"": "nll"}}, ["distance"], "a note"),
 }  # fmt: skip
@@ -122,7 +119,7 @@ def test_the_users_backend_and_settings_change_no_figure(tmp_path, drawn):
 
 
 def test_threads_draw_the_same_files(tmp_path_factory, drawn):
-    names = ["save_images", "save_bars", "save_grid_table", "save_map"] * 2
+    names = ["save_images", "save_confusion", "save_grid_table", "save_map"] * 2
     folders = [tmp_path_factory.mktemp(name) for name in names]
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(draw, names, folders)) == [drawn(name)[0] for name in names]

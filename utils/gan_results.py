@@ -1,14 +1,11 @@
-"""Warnings, figures and final metrics of step 1, and the optimal discriminator on densities that are known."""
+"""Warnings, figures and final metrics of step 1."""
 
 import math
 from functools import partial
 
 import torch
-from torch import nn
-from torch.distributions import Categorical, MixtureSameFamily, Normal
 
 from models.common import IMAGE_SHAPE
-from models.GAN import train_discriminator
 from utils import figures, files, metrics, plotting
 from utils.data import to_symmetric, to_unit
 from utils.figures import COLUMNS, NUM_SAMPLES
@@ -136,7 +133,6 @@ def draw_figures(run, generator, images):
     run.draw("samples_by_epoch.png", draw_samples_by_epoch, run.snapshots)
     run.draw("training.gif", figures.save_training_gif, run.snapshots, COLUMNS)
     run.draw("neighbours.png", draw_neighbours, generator, images, run.args.seed)
-    run.draw("optimal_discriminator.png", draw_optimal_discriminator)
 
 
 def draw_samples_by_epoch(path, snapshots):
@@ -202,46 +198,3 @@ def write_metrics(run, generator, images):
             more = dict(optimum=optimum, over=over, train_images=len(images))
             results[name] = files.metric(epochs[name][-1], unit, formula, **more)
     run.finish(("frechet_distance", "classifier_score", "recall"), **results)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# D(x) = p_data(x) / (p_data(x) + p_g(x)) for the best D (Goodfellow et al. 2014, proposition 1). In one dimension it
-# can be drawn beside what a network learns by the discriminator's step of step 1.
-
-OPTIMUM_STEPS = 600  # batches
-
-
-def mixture(*parameters):
-    """Return the density of a mixture of Gaussians on the line, of lists of weights, means and deviations."""
-    weights, *of_parts = map(torch.tensor, parameters)
-    return MixtureSameFamily(Categorical(weights), Normal(*of_parts))
-
-
-P_DATA = mixture([0.4, 0.6], [-2.0, 1.5], [0.6, 0.9])
-P_G = mixture([1.0], [0.0], [1.6])
-
-
-def trained_discriminator(p_data, p_g, x):
-    """Train a network to tell draws of p_data from draws of p_g; return its output at each of x, (N,)."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed a GPU as well
-        network = nn.Sequential(nn.Linear(1, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1))
-        optimizer = torch.optim.Adam(network.parameters(), 2e-2, fused=True)
-        # The rate falls to zero, so that the noise of the last batches averages out.
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, OPTIMUM_STEPS)
-        for _ in range(OPTIMUM_STEPS):
-            real, fake = (density.sample((1000, 1)) for density in (p_data, p_g))
-            train_discriminator(network, optimizer, real, fake, nn.BCEWithLogitsLoss(), "cpu")
-            schedule.step()
-    with torch.no_grad():
-        return network(x[:, None]).sigmoid()[:, 0]
-
-
-def draw_optimal_discriminator(path):
-    """Draw p_data / (p_data + p_g), and what a network learns, for densities that are known."""
-    x = torch.linspace(-4, 4, 200)
-    data, panels = P_DATA.log_prob(x).exp(), []
-    for title, p_g in ((r"$p_g \neq p_{data}$", P_G), ("$p_g = p_{data}$", P_DATA)):
-        generated = p_g.log_prob(x).exp()
-        panels.append((title, trained_discriminator(P_DATA, p_g, x), data, generated))
-    plotting.save_optimal_discriminator(path, x, panels)

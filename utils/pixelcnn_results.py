@@ -191,13 +191,6 @@ def draw_completions(path, network, originals, labels, noise):
     plotting.save_images(path, rows, COLUMNS + 2, labels.tolist(), scale=0.28, headings=headings)
 
 
-def draw_nll_digits(path, nll, labels, how):
-    """Draw the mean NLL of each digit; nll is (N, 1, 28, 28)."""
-    of_each = [nll[labels == digit].sum((1, 2, 3)) for digit in range(NUM_CLASSES)]
-    means = [nats.mean().nan_to_num().item() for nats in of_each]
-    plotting.save_bars(path, range(NUM_CLASSES), means, "digit", f"test NLL\n(nats per image, {how})")
-
-
 def write_metrics(run, network, train_set, test_set):
     """Write metrics.json, in single precision unless an entry says otherwise, and draw the figures that go with it."""
     conditional = isinstance(network, ConditionalPixelCNN)
@@ -208,7 +201,6 @@ def write_metrics(run, network, train_set, test_set):
     nll = nll_of_draws(network, images, labels, how)
     train_nll = nll_of_draws(network, *(each[: len(images)] for each in train_set), how)
     run.draw("nll_map.png", plotting.save_map, nll.mean((0, 1, 2)), f"test NLL (nats per pixel, {how})")
-    run.draw("nll_digits.png", draw_nll_digits, nll.mean(0), labels, how)
     field = receptive_field(network, x[:1000], labels[:1000], SEEN_FROM)
     run.draw("receptive_field.png", plotting.save_receptive_field, field, SEEN_FROM)
     given = "x_1, ..., x_{i-1}" + (", y" if conditional else "")

@@ -1,7 +1,6 @@
 """The kinds of figure that the three steps and the ablations draw, each in a function that writes its file."""
 
 import math
-from functools import partial
 
 import numpy as np
 import torch
@@ -152,22 +151,6 @@ def _running_means(x, values, width):
     return np.asarray(x)[len(window) - 1 :][counts > 0], sums[counts > 0] / counts[counts > 0]
 
 
-def save_optimal_discriminator(path, x, panels):
-    """Write panels of (title, trained D, p_data, p_g), tensors (N,) over x, and the formula of the best D."""
-    with new_figure(path, WIDTH, 2.2, 1, len(panels), sharey=True) as (figure, axes):
-        for axis, (title, trained, p_data, p_g) in zip(axes, panels):
-            fill = partial(axis.fill_between, x, alpha=0.3, linewidth=0)
-            fill(p_data, color=COLORS[2], label="$p_{data}$")
-            fill(p_g, color=COLORS[3], hatch="////", label="$p_g$")
-            best = p_data / (p_data + p_g)
-            axis.plot(x, best, "-", color=COLORS[4], linewidth=4, label="$p_{data} / (p_{data} + p_g)$")
-            axis.plot(x, trained, "-", color=COLORS[0], linewidth=1.2, label="$D(x)$, trained")
-            axis.axhline(0.5, color="black", linestyle="--", linewidth=1, label="1/2")
-            axis.set(xlabel="x", title=title, ylim=(0, 1))
-        axes[0].set_ylabel("probability, density")
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
-
-
 def save_map(path, values, label):
     """Write a number for each pixel, (H, W), as colours with a scale."""
     with new_figure(path, HALF, 2.4) as (_, axis):
@@ -192,13 +175,6 @@ def save_receptive_field(path, sensitivity, pixel):
         axis.plot(pixel[1], pixel[0], "x", color="black", label="predicted pixel")
         axis.plot([], [], "s", color=COLORS[1], label="blind spot")
         axis.legend(loc="lower right")
-
-
-def save_bars(path, names, heights, xlabel, ylabel):
-    """Write a bar for each name, with its height as a whole number on it."""
-    with new_figure(path, HALF, 2.4) as (_, axis):
-        axis.bar_label(axis.bar([str(name) for name in names], heights), fmt="%.0f")
-        axis.set(xlabel=xlabel, ylabel=ylabel)
 
 
 def save_confusion(path, labels, guesses, xlabel):

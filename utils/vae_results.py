@@ -5,7 +5,7 @@ from functools import partial
 import torch
 
 from models.common import IMAGE_SHAPE
-from models.VAE import loss_terms, reconstruction_loss
+from models.VAE import loss_terms
 from utils import figures, files, machine, metrics, plotting
 from utils.data import binarize, to_unit
 from utils.figures import COLUMNS, NUM_SAMPLES
@@ -121,7 +121,6 @@ def draw_figures(run, model, images, labels, prior=None):
     rows = torch.stack([each[: 2 * COLUMNS].unflatten(0, (2, COLUMNS)) for each in (x, decoded)], 1)
     names = ["original", "reconstruction"] * 2
     run.draw("reconstructions.png", plotting.save_images, rows.flatten(0, 2), COLUMNS, names)
-    run.draw("extremes.png", draw_extremes, x, decoded, labels)
     run.draw("walk.png", draw_walk, model, images, labels, means)
     if run.snapshots:
         run.draw("training.gif", figures.save_training_gif, run.snapshots, SNAPSHOT_SIDE)
@@ -138,18 +137,6 @@ def draw_priors(path, model, prior, images):
         "codes of test images": [decode_images(model, draw_codes(model, images[: side**2]))],
     }
     plotting.save_grid_table(path, columns, side)
-
-
-def draw_extremes(path, x, decoded, labels):
-    """Draw the best and the worst reconstruction of each digit; decoded (N, 1, 28, 28) are Bernoulli means."""
-    loss = reconstruction_loss(decoded.float().flatten(1), x)
-    rows, names = [], []
-    for name, sign in (("best", 1), ("worst", -1)):
-        order = (sign * loss).argsort()
-        chosen = [order[labels[order] == digit][0].item() for digit in labels.unique()]
-        rows += [x[chosen], decoded[chosen]]
-        names += [f"{name}, original", "reconstruction"]
-    plotting.save_images(path, torch.cat(rows), len(rows[0]), names)
 
 
 @torch.no_grad()

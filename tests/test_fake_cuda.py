@@ -15,8 +15,9 @@ from torch.utils import _pytree as pytree
 import hw2_step2_main as step2
 from models import AR, ar_sampler
 from models.classifier import Classifier
+from results import train_classifier
 from tests import children
-from utils import cli, figures, machine, metrics, pixelcnn_results, run, train_classifier
+from utils import cli, figures, machine, metrics, pixelcnn_results, run
 
 fake_tensors = pytest.importorskip("torch._subclasses.fake_tensor", reason="torch has no fake tensors")
 aten, GPU = torch.ops.aten, torch.device("cuda", 0)

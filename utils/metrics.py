@@ -1,7 +1,7 @@
 """Metrics of samples: `judge(images)["frechet_distance"]["value"]` compares images with the test images of MNIST.
 
-The metrics use one fixed digit classifier, `results/classifier/model.pt`, from `utils.train_classifier`. So their
-values compare with one another, and not with other papers' values. For scale, each metric of 10,000 samples has a
+The metrics use one fixed digit classifier, `results/classifier/model.pt`, from `results/train_classifier.py`. So
+their values compare with one another, and not with other papers' values. For scale, each metric of 10,000 samples has a
 `floor`: the same metric of 10,000 real training images. A model can score better than this reference.
 """
 
@@ -189,7 +189,7 @@ def say_what_is_left_out(dataset):
     """Print what a run leaves out if there is no classifier of its data set."""
     if not has_classifier(dataset):
         what = "most metrics of samples, quality.png and frames in comparison.png are left out"
-        command = f"python -m utils.train_classifier --dataset {dataset}"
+        command = f"python results/train_classifier.py --dataset {dataset}"
         machine.say(f"there is no classifier of {dataset}: {what}; {command} trains one")
 
 

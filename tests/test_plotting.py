@@ -5,7 +5,6 @@ import io
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import matplotlib
@@ -42,6 +41,7 @@ ROWS = [
 # One call of each function, by its name: the arguments after the path.
 CALLS = {
     "save_images": (IMAGES, 4, ["a", "b", "c"], "title"),
+    "save_rows": (dict(real=IMAGES, drawn=IMAGES), 4),
     "save_grid_table": ({"few": [IMAGES] * 2, "more": [IMAGES] * 2}, 4, ["samples", "plane"], {"more": [0, 3]}, "a note"),
     "save_strips": ([(name, range(4), {"$D(x)$": [1, 0, 1, 0]}, IMAGES) for name in "ab"], "epoch"),
     "save_latent_plane": (IMAGES[:9], 3),
@@ -89,7 +89,7 @@ def test_every_function_is_called():
 def test_drawing_writes_files_and_leaves_settings_alone(name, drawn):
     files, unchanged = drawn(name)
     assert unchanged
-    grids = name in ("save_images", "save_grid_table", "save_latent_plane")
+    grids = name in ("save_images", "save_rows", "save_grid_table", "save_latent_plane")
     assert set(files) == ({".png"} if grids else {".png", ".pdf"})
     assert b"/Type3" not in files.get(".pdf", b"") and b"CreationDate" not in files.get(".pdf", b"")
     with Image.open(io.BytesIO(files[".png"])) as image:
@@ -116,13 +116,6 @@ def test_the_users_backend_and_settings_change_no_figure(tmp_path, drawn):
     subprocess.run(command, cwd=ROOT, env={**os.environ, **extra}, check=True)
     for name in names:
         assert {path.suffix: path.read_bytes() for path in tmp_path.glob(f"{name}.*")} == drawn(name)[0]
-
-
-def test_threads_draw_the_same_files(tmp_path_factory, drawn):
-    names = ["save_images", "save_confusion", "save_grid_table", "save_map"] * 2
-    folders = [tmp_path_factory.mktemp(name) for name in names]
-    with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(draw, names, folders)) == [drawn(name)[0] for name in names]
 
 
 def test_running_means_cover_equal_stretches_of_x():
@@ -214,13 +207,3 @@ def test_moving_picture_with_captions_and_unknown_pixels(tmp_path):
     found, known = frames[0][top : top + 184, left : left + 244], ~np.isnan(expected)
     assert np.abs(found[known] - expected[known][:, None]).max() < 9
     assert (found[~known] == (86, 180, 233)).all()
-
-
-def test_a_long_training_has_few_frames_and_its_last_epoch(tmp_path, monkeypatch):
-    shown = []
-    monkeypatch.setattr(figures, "save_gif", lambda path, frames, columns, captions: shown.append(captions))
-    for last in (0, 23, 24, 100):
-        images = torch.zeros(1, 1, 4, 4, dtype=torch.uint8)
-        figures.save_training_gif(tmp_path / "a.gif", {epoch: images for epoch in range(last + 1)}, 1)
-        assert len(shown[-1]) <= figures.MAX_FRAMES and shown[-1][-1] == f"epoch {last}"
-    assert len(shown[1]) == 24

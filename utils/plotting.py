@@ -7,7 +7,7 @@ import torch
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from utils.figures import COLORS, HALF, WIDTH, draw_images, new_figure, our_style, save
+from utils.figures import COLORS, COLUMNS, HALF, WIDTH, draw_images, new_figure, our_style, save
 
 # A colour for each digit: Paul Tol, "Colour Schemes", 2021, the scheme "muted", and orange.
 COLOR_CODES = "332288 CC6677 117733 DDCC77 88CCEE 882255 44AA99 999933 AA4499 EE7733"
@@ -19,6 +19,12 @@ FEW_EPOCHS = 3  # of fewer there are no curves, and losses are drawn over the ba
 def save_images(path, images, columns, *labels, **options):
     """Write a grid of images as PNG. `draw_images` explains the arguments after `path`."""
     save(draw_images(images, columns, *labels, **options), path, vector=False)
+
+
+def save_rows(path, kinds, columns=COLUMNS):
+    """Write rows of images of each kind in turn; `kinds` maps labels to images (N, 1, H, W)."""
+    rows = torch.stack([images.unflatten(0, (-1, columns)) for images in kinds.values()], 1)
+    save_images(path, rows.flatten(0, 2), columns, [*kinds] * len(rows))
 
 
 def save_grid_table(path, columns, images_across, row_labels=("",), marked=(), note=""):
@@ -43,19 +49,16 @@ def save_grid_table(path, columns, images_across, row_labels=("",), marked=(), n
 def save_strips(path, strips, xlabel):
     """Write a page of strips (name, x, curves by label, images)."""
     size = WIDTH, min(0.36 * len(strips), 8.6) + 0.6  # all strips fit on a page
-    longest = max(x[-1] for _, x, _, _ in strips)
-    heights = np.concatenate([curve for _, _, curves, _ in strips for curve in curves.values()])
-    ylim = math.floor(10 * heights.min()) / 10, math.ceil(10 * heights.max()) / 10
-    with new_figure(path, *size, len(strips), 2, squeeze=False, width_ratios=[1, 3]) as (figure, axes):
+    shared = dict(squeeze=False, sharex="col", sharey="col", width_ratios=[1, 3])
+    with new_figure(path, *size, len(strips), 2, **shared) as (figure, axes):
         for (left, right), (name, x, curves, images) in zip(axes, strips):
             for label, values in curves.items():
                 left.plot(x, values, linewidth=1, label=label)
-            left.set(xlim=(0, longest), ylim=ylim)
-            left.tick_params(length=2, pad=1, labelbottom=False, labelleft=False)
+            left.tick_params(length=2, pad=1, labelleft=False)
             left.set_ylabel(name, rotation=0, ha="right", va="center", labelpad=2)
             draw_images(images, len(images), axis=right)
-        left.tick_params(labelbottom=True, labelleft=True)
-        left.set(xlabel=xlabel, yticks=ylim)
+        left.tick_params(labelleft=True)
+        left.set(xlabel=xlabel)
         figure.align_ylabels(axes[:, 0])
         figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=2)
 

@@ -77,13 +77,6 @@ def test_how_often_the_classifier_is_unsure_and_sees_the_digit_that_was_asked_fo
     assert results.classifier_metrics(samples, real, False, "MNIST").keys() == {"unsure"}
 
 
-def test_receptive_field_is_a_mean_over_batches_of_any_size():
-    network, x, labels = conditional_network(), torch.rand(5, 1, 28, 28), torch.arange(5)
-    whole = results.receptive_field(network, x, labels, (14, 3))
-    in_batches = results.receptive_field(network, x, labels, (14, 3), batch_size=2)
-    assert torch.allclose(in_batches, whole, rtol=1e-4)
-
-
 @pytest.fixture
 def drawn(monkeypatch):
     """Record the arguments after the path of all that is drawn, in a list."""

@@ -160,10 +160,10 @@ def draw_ablation(folder, folders, variants, default_kl_coeff, load_model):
     }
     rows = files.read_csv(folder / "ablation.csv")
     plotting.save_ablation(folder / "ablation.png", rows, panels, log=["Fréchet distance"])
-    changes = {"default": dict(kl_coeff=default_kl_coeff)} | {
-        name: each for name, (_, each) in variants.items()
+    changes = {
+        name: variants[name][1] if name in variants else dict(kl_coeff=default_kl_coeff) for name in folders
     }
-    weights = {name: changes[name]["kl_coeff"] for name in folders if [*changes[name]] == ["kl_coeff"]}
+    weights = {name: change["kl_coeff"] for name, change in changes.items() if [*change] == ["kl_coeff"]}
     table, side = {}, 5
     for name in sorted(weights, key=weights.get):
         model = load_model(folders[name] / "model.pt")
@@ -199,8 +199,8 @@ def bounds(run, model, images, how, sizes, prior=None):
     """
     suffix, kind = PROTOCOLS[how]
     trained = run.images_seen >= 10 * sizes["train_images"]  # a short training has a short evaluation
-    num_samples = run.args.bound_samples or (5 if run.args.dry_run else 500 if trained else 20)
-    spacing = 0.2 if run.args.dry_run else 0.04 if trained else 0.1
+    num_samples, spacing = (5, 0.2) if run.args.dry_run else (500, 0.04) if trained else (20, 0.1)
+    num_samples = run.args.bound_samples or num_samples
     pixels, noise = (torch.Generator().manual_seed(seed) for seed in (0, 1))
     priors = {"bound": None, "bound_fitted": prior} if prior else {"bound": None}
     draws, per_image, drawn = [], [], []

@@ -111,8 +111,6 @@ def save_curves(path, x, panels, xlabel="epoch", smooth=1, log=()):
             for color, (label, height) in zip(colors, references.items()):
                 axis.axhline(height, color=color, linestyle="-.", linewidth=0.8, label=label)
             axis.set(xlabel=xlabel, ylabel=ylabel)
-            if min(x) == max(x):
-                axis.set_xlim(max(0, x[0] - 1), x[0] + 1)
             ticks = dict(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])
             axis.xaxis.set_major_locator(MaxNLocator(min(6, 12 // len(panels)), **ticks))
             _set_logarithmic(axis, log)

@@ -151,7 +151,7 @@ def typical(means, labels, digit):
     return chosen[(means[chosen] - means[chosen].median(0).values).norm(dim=1).argmin()].item()
 
 
-def draw_ablation(folder, folders, variants, default_kl_coeff, load_model):
+def draw_ablation(folder, folders, variants, load_model):
     """Draw ablation.png and kl_weights.png of the runs in `folders`, by variant."""
     panels = {
         "nats per image": {"negative ELBO": "test_negative_elbo", "importance bound": "test_bound"},
@@ -160,14 +160,12 @@ def draw_ablation(folder, folders, variants, default_kl_coeff, load_model):
     }
     rows = files.read_csv(folder / "ablation.csv")
     plotting.save_ablation(folder / "ablation.png", rows, panels, log=["Fréchet distance"])
-    changes = {
-        name: variants[name][1] if name in variants else dict(kl_coeff=default_kl_coeff) for name in folders
-    }
-    weights = {name: change["kl_coeff"] for name, change in changes.items() if [*change] == ["kl_coeff"]}
+    shown = {"default", *(name for name, (_, changes) in variants.items() if [*changes] == ["kl_coeff"])}
+    paths = [folders[name] / "model.pt" for name in folders if name in shown]
     table, side = {}, 5
-    for name in sorted(weights, key=weights.get):
-        model = load_model(folders[name] / "model.pt")
-        table[f"KL weight {weights[name]:g}"] = sample_images(model, side**2), decode_plane(model, side)
+    for weight, path in sorted((files.options_of(path)["kl_coeff"], path) for path in paths):
+        model = load_model(path)
+        table[f"KL weight {weight:g}"] = sample_images(model, side**2), decode_plane(model, side)
     plotting.save_grid_table(folder / "kl_weights.png", table, side, ["samples", "latent plane"])
 
 

@@ -18,8 +18,6 @@ from utils.figures import WIDTH, new_figure
 from utils.files import ROOT, UserError
 from utils.options import ArgumentParser, folder
 
-# Values per image of the metric, by its name in per_image.npz.
-PER_IMAGE = {"test_nll": "nll", "mixture_nll": "mixture_nll", "test_bound": "bound"}
 SAME_SCALE = ("unit", "formula", "binarization", "pixels", "test_images", "samples", "against")
 LOSS = {"step1": "d_loss", "step2": "test_nll", "step3": "test_elbo"}  # column of losses.csv
 # Words in the names of metrics that are better if they are higher, and if they are lower.
@@ -45,7 +43,7 @@ class Compared:
 
 
 def per_image(folder, name):
-    """Return a run's values of the test images, means over the draws of pixels, and the check sum of the pixels."""
+    """Return a run's values `name` of the test images, means over the draws, and the check sum of the pixels."""
     path = folder / "per_image.npz"
     if not path.exists():
         return None, None
@@ -58,7 +56,7 @@ def difference(run, reference, name):
     ours, theirs = (each.metrics[0].get(name, {}) for each in (run, reference))
     several = len(run.folders) + len(reference.folders) > 2
     (values, pixels), (others, other_pixels) = (
-        per_image(each.folders[0], PER_IMAGE.get(name)) for each in (run, reference)
+        per_image(each.folders[0], name.removeprefix("test_")) for each in (run, reference)
     )
     if pixels and pixels == other_pixels and not several:
         return differ.paired(values, others)

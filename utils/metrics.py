@@ -254,20 +254,15 @@ def parzen_log_likelihood(samples, test, validation, sigmas=SIGMAS):
     et al. 2016, arXiv 1511.01844). Returns densities (M,) in nats, and sigma, the best for the validation images.
     """
     samples, test, validation = (images.flatten(1) for images in (samples, test, validation))
-    densities = _log_densities(validation, samples, sigmas).mean(1)
-    best = sigmas[densities.argmax()]
-    return _log_densities(test, samples, [best])[0], best
+    best = max(sigmas, key=lambda sigma: _log_density(validation, samples, sigma).mean())
+    return _log_density(test, samples, best), best
 
 
-def _log_densities(x, centres, sigmas):
-    """Return log mean_centre N(x; centre, sigma^2 I) for each sigma and row of x: (sigmas, rows)."""
-    norms = [math.log(len(centres)) + x.shape[1] / 2 * math.log(2 * math.pi * sigma**2) for sigma in sigmas]
-    densities = []
-    for chunk in progress(x.split(CHUNK), "Parzen window"):
-        squares = torch.cdist(chunk, centres).square()
-        rows = [(squares / (-2 * sigma**2)).logsumexp(1) - norm for sigma, norm in zip(sigmas, norms)]
-        densities.append(torch.stack(rows))
-    return torch.cat(densities, 1)
+def _log_density(x, centres, sigma):
+    """Return log mean_centre N(x; centre, sigma^2 I) for each row of x, (N,)."""
+    norm = math.log(len(centres)) + x.shape[1] / 2 * math.log(2 * math.pi * sigma**2)
+    distances = (torch.cdist(chunk, centres) for chunk in progress(x.split(CHUNK), "Parzen window"))
+    return torch.cat([(each.square() / (-2 * sigma**2)).logsumexp(1) - norm for each in distances])
 
 
 def nearest(samples, images):

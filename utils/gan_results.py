@@ -1,5 +1,6 @@
 """Warnings, figures and final metrics of step 1."""
 
+import copy
 import math
 from functools import partial
 
@@ -72,10 +73,9 @@ def log_quality(run, generator, discriminator, images, test_images):
 @torch.no_grad()
 def mean_output(discriminator, images):
     """Return the mean D(x) over up to 10,000 uint8 images, without dropout."""
-    was_training, parts = discriminator.training, images[: metrics.NUM_JUDGED].split(metrics.CHUNK)
-    discriminator.eval()
-    outputs = torch.cat([discriminator(to_symmetric(part).flatten(1)) for part in parts])
-    discriminator.train(was_training)
+    without_dropout = copy.deepcopy(discriminator).eval()
+    parts = images[: metrics.NUM_JUDGED].split(metrics.CHUNK)
+    outputs = torch.cat([without_dropout(to_symmetric(part).flatten(1)) for part in parts])
     return outputs.sigmoid().mean().item()
 
 

@@ -114,9 +114,8 @@ def draw_figures(run, model, images, labels, prior=None):
     run.draw("latent_plane.png", draw_latent_plane, model)
     if prior:
         run.draw("priors.png", draw_priors, model, prior, images)
-    means, x = posterior_means(model, images), to_unit(images)
-    decoded = decode_images(model, means[: 2 * COLUMNS])
-    pairs = dict(original=x[: 2 * COLUMNS], reconstruction=decoded)
+    means, few = posterior_means(model, images), slice(2 * COLUMNS)
+    pairs = dict(original=to_unit(images[few]), reconstruction=decode_images(model, means[few]))
     run.draw("reconstructions.png", plotting.save_rows, pairs)
     run.draw("walk.png", draw_walk, model, images, labels, means)
     if run.snapshots:
@@ -139,9 +138,13 @@ def draw_priors(path, model, prior, images):
 def draw_walk(path, model, images, labels, means):
     """Draw equal steps from a typical test digit to another, between posterior means and between pixels."""
     first, last = ([typical(means, labels, digit) for digit in digits] for digits in (WALK_FROM, WALK_TO))
-    share, pixels = torch.linspace(0, 1, WALK_STEPS, device=means.device)[:, None], to_unit(images).flatten(1)
-    codes, pixels = (torch.lerp(x[first, None], x[last, None], share).flatten(0, 1) for x in (means, pixels))
-    kinds = {"latent space": decode_images(model, codes), "pixels": pixels.reshape(-1, *IMAGE_SHAPE)}
+    share = torch.linspace(0, 1, WALK_STEPS, device=means.device)[:, None]
+
+    def walk(x):
+        return torch.lerp(x[first, None], x[last, None], share).flatten(0, 1)
+
+    pixels = walk(to_unit(images).flatten(1)).reshape(-1, *IMAGE_SHAPE)
+    kinds = {"latent space": decode_images(model, walk(means)), "pixels": pixels}
     plotting.save_rows(path, kinds, WALK_STEPS)
 
 

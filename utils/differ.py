@@ -27,7 +27,7 @@ def independent(value, error, other, other_error):
 
 
 def over_seeds(values, others):
-    """Return the difference of the means over seeds, and its standard error, for two runs or more of one of both.
+    """Return the difference of the means over seeds, and its standard error. One side needs two runs or more.
 
     The spread is pooled: the variances of both, weighted by their degrees of freedom.
     """

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from utils.metrics import progress
 
-NUM_DECODED = 4000  # latent vectors decoded at once, or those of one image; this bounds the memory
+NUM_DECODED = 4000  # latent vectors decoded at once, of one image at least; this bounds the memory
 
 
 @torch.no_grad()

@@ -19,7 +19,6 @@ Writes into results/step1_gan/:
     samples_by_epoch.png        images of the same noise, from before the training to its end
     training.gif                the same as a moving picture
     neighbours.png              generated images above the training images nearest to them
-    optimal_discriminator.png   a trained discriminator and the formula of the optimal one, in one dimension
     losses.csv, epochs.csv, quality.csv, metrics.json, config.json, model.pt (the generator)
 and after --ablation:
     ablation.png                D(x), D(G(z)) and samples of all variants
@@ -29,6 +28,7 @@ and after --ablation:
 
 import copy
 import sys
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -37,7 +37,7 @@ from torch import nn
 from models.GAN import Discriminator, Generator, relativistic_logits, train_discriminator, train_generator
 from utils import cli, files, gan_results
 from utils.data import to_symmetric
-from utils.options import LARGEST, Fraction
+from utils.options import LARGEST, Fraction, build
 
 STEP = "step1_gan"
 
@@ -98,8 +98,8 @@ def train_main_loop(
     d_channels: Annotated[tuple[int, ...], "units of D's hidden layers"] = (256, 128, 64),
 ):
     """Train on uint8 images (N, 1, 28, 28); return the generator with averaged (EMA) weights."""
-    generator = Generator(**generator_arguments(dim_z, g_channels, kinds)).to(run.device)
-    discriminator = Discriminator(d_channels, dropout).to(run.device)
+    generator = build(Generator, dim_z=dim_z, channels=g_channels, kinds=kinds).to(run.device)
+    discriminator = build(Discriminator, channels=d_channels, dropout=dropout).to(run.device)
     ema = copy.deepcopy(
         generator
     )  # its weights are a moving average of the generator's, and draw better samples
@@ -141,11 +141,6 @@ def train_main_loop(
     return ema
 
 
-def generator_arguments(dim_z, g_channels, kinds, **_):
-    """Return the arguments of `Generator`, without `kinds` if there are none: a textbook's generator lacks them."""
-    return dict(dim_z=dim_z, channels=g_channels) | ({"kinds": kinds} if kinds else {})
-
-
 @torch.no_grad()
 def update_average(ema, generator, decay, num_updates):
     """Update the exponential moving average (EMA) of the generator's weights after so many updates of the generator.
@@ -185,13 +180,14 @@ def monitor_losses(run):
 
 def load_model(path, device="cpu"):
     """Return the generator of a model.pt, in eval mode."""
-    return files.load_network(path, (STEP,), Generator, device)
+    return files.load_network(path, (STEP,), partial(build, Generator), device)
 
 
 def train_and_evaluate(run, train_set, test_set):
     (images, _), (test_images, _) = train_set, test_set
     generator = train_main_loop(run, images, test_images, **run.options)
-    run.save_model(generator, **generator_arguments(**run.options))
+    dim_z, channels, kinds = (run.options[name] for name in ("dim_z", "g_channels", "kinds"))
+    run.save_model(generator, dim_z=dim_z, channels=channels, kinds=kinds)
     monitor_losses(run)
     gan_results.draw_samples(run, generator)
     gan_results.draw_figures(run, generator, images)

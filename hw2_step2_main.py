@@ -17,7 +17,6 @@ Writes into results/step2_pixelcnn/ or results/step2_conditional_pixelcnn/:
     completions.png      test digits whose lower half the network has drawn
     drawing.gif          samples that appear pixel by pixel, and the probabilities that the network predicts
     nll_map.png          mean NLL of each pixel
-    nll_digits.png       mean NLL of each digit
     receptive_field.png  the pixels that a prediction depends on, and the blind spot
     losses.csv, batches.csv, per_image.npz, metrics.json, config.json, model.pt
 and with --conditional:
@@ -39,7 +38,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from models.AR import ConditionalPixelCNN, PixelCNN
 from utils import cli, data, files, machine, parallel, pixelcnn_results
 from utils.muon import Muon, split_parameters
-from utils.options import Fraction, number, takes
+from utils.options import Fraction, build, number
 from utils.pixelcnn_results import bits_per_pixel, evaluate, network_inputs
 
 STEP, CONDITIONAL_STEP = "step2_pixelcnn", "step2_conditional_pixelcnn"
@@ -149,9 +148,8 @@ def log_epoch(run, network, train_set, test_set):
 
 
 def build_network(conditional, **architecture):
-    """Return the class-conditional or the unconditional network. It gets those of the arguments that it takes."""
-    network = ConditionalPixelCNN if conditional else PixelCNN
-    return network(**{name: value for name, value in architecture.items() if takes(network, name)})
+    """Return the class-conditional or the unconditional network."""
+    return build(ConditionalPixelCNN if conditional else PixelCNN, **architecture)
 
 
 def load_model(path, device="cpu", steps=(STEP, CONDITIONAL_STEP)):

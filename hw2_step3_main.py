@@ -17,7 +17,6 @@ Writes into results/step3_vae/:
     latent_plane.png      the latent plane, decoded at quantiles of the prior
     latent_means.png      the posterior means of the test digits, coloured by digit
     reconstructions.png   test images above their reconstructions
-    extremes.png          the best and the worst reconstruction of each digit
     training.gif          the latent plane over the epochs, a moving picture
     walk.png              from one test digit to another, in the latent space and in pixels
     losses.csv, batches.csv, per_image.npz, metrics.json, config.json, model.pt, prior.pt
@@ -38,7 +37,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from models.common import NUM_PIXELS
 from models.VAE import VAE_model, loss_terms
 from utils import cli, data, files, machine, prior, vae_results
-from utils.options import Fraction, defaults, number
+from utils.options import Fraction, number
 from utils.vae_results import evaluate
 
 STEP = "step3_vae"
@@ -189,7 +188,7 @@ def sample(run, path, test_set):
 
 
 def draw_ablation(folder, folders):
-    vae_results.draw_ablation(folder, folders, VARIANTS, defaults(train)["kl_coeff"], load_model)
+    vae_results.draw_ablation(folder, folders, VARIANTS, load_model)
 
 
 def add_flags(group):

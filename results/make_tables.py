@@ -75,7 +75,7 @@ def cell(run, key):
 
 def made(run):
     """Return the command of a run, its time with the evaluation after each epoch, and the hardware, as text."""
-    command = run.get("command", "-m utils.train_classifier")  # which does not record its own
+    command = run.get("command", "results/train_classifier.py")  # which does not record its own
     minutes = run["metrics"]["wall_time"]["value"] / 60
     return f"`python {command}`", f"{minutes:.{0 if minutes >= 10 else 1}f} min", run["hardware"]
 

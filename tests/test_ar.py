@@ -106,7 +106,7 @@ def test_receptive_field_and_its_blind_spot():
     network = build(PixelCNN, num_blocks=1, first_kernel_size=3, kernel_size=3, activation="gelu").float()
     x = torch.rand(8, 1, 28, 28)
     labels = torch.zeros(8).long()
-    seen = pixelcnn_results.receptive_field(network, x, labels, (10, 10), batch_size=3) > 0
+    seen = pixelcnn_results.receptive_field(network, x, labels, (10, 10)) > 0
     expected = torch.zeros(28, 28, dtype=torch.bool)
     expected[10, 8:10] = True  # one step to the left by each layer
     expected[9, 8:12] = True  # up and at most one to the right, then one to the left at will

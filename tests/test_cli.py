@@ -12,10 +12,11 @@ import torch
 import hw2_step1_main as step1
 import hw2_step2_main as step2
 import hw2_step3_main as step3
+from results import train_classifier
 from tests import children
 from tests.children import FLAGS
 from tests.conftest import ROOT, assert_refused, flags_of
-from utils import cli, machine, metrics, train_classifier
+from utils import cli, machine, metrics
 from utils import run as runs
 from utils.files import UserError
 

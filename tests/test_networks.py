@@ -9,7 +9,7 @@ from models.classifier import Classifier
 from models.GAN import Discriminator, Generator
 from models.VAE import VAE_model
 from tests.test_ar import SMALL
-from utils.likelihoods import importance_bound, plane_log_likelihood
+from utils.likelihoods import importance_bounds, plane_log_likelihood
 
 IMAGES = torch.zeros(2, 1, 28, 28)
 Y = F.one_hot(torch.tensor([3, 8]), 10)
@@ -95,8 +95,8 @@ def test_sampling_is_repeatable_and_leaves_the_global_state(build):
 
 def test_likelihoods_in_double_precision():
     model, x = VAE_model(6, [5, 4]), (torch.rand(3, 6) > 0.5).float()
-    estimates = [importance_bound(model, x, 20), plane_log_likelihood(model, x, 0.5)]
+    estimates = [importance_bounds(model, x, 20), plane_log_likelihood(model, x, 0.5)]
     model, x = model.double(), x.double()
-    in_double = [importance_bound(model, x, 20), plane_log_likelihood(model, x, 0.5)]
+    in_double = [importance_bounds(model, x, 20), plane_log_likelihood(model, x, 0.5)]
     for estimate, expected in zip(estimates, in_double):
         assert expected.dtype is torch.double and torch.allclose(estimate.double(), expected, atol=1e-4)

@@ -77,18 +77,11 @@ def test_how_often_the_classifier_is_unsure_and_sees_the_digit_that_was_asked_fo
     assert results.classifier_metrics(samples, real, False, "MNIST").keys() == {"unsure"}
 
 
-def test_receptive_field_is_a_mean_over_batches_of_any_size():
-    network, x, labels = conditional_network(), torch.rand(5, 1, 28, 28), torch.arange(5)
-    whole = results.receptive_field(network, x, labels, (14, 3))
-    in_batches = results.receptive_field(network, x, labels, (14, 3), batch_size=2)
-    assert torch.allclose(in_batches, whole, rtol=1e-4)
-
-
 @pytest.fixture
 def drawn(monkeypatch):
     """Record the arguments after the path of all that is drawn, in a list."""
     calls = []
-    kinds = [(results.plotting, f"save_{name}") for name in ("images", "curves", "bars")]
+    kinds = [(results.plotting, f"save_{name}") for name in ("images", "curves")]
     for module, name in [*kinds, (results.figures, "save_gif")]:
         monkeypatch.setattr(module, name, lambda _, *args, **__: calls.append(args))
     return calls
@@ -177,12 +170,6 @@ def test_losses_of_a_short_training_are_drawn_over_its_batches(drawn):
     (short, [(_, curves, end)], *_), (x, *_) = drawn
     assert short == [1, 5, 9] and list(curves.values()) == [batches["loss"]] and list(end.values()) == [90]
     assert x == [0, 1, 2, 3]
-
-
-def test_nll_of_a_digit_that_no_image_shows(drawn):
-    nll = torch.tensor([1.0, 3.0, 5.0])[:, None, None, None].expand(3, 1, 28, 28)
-    results.draw_nll_digits("nll_digits.png", nll, torch.tensor([2, 2, 9]), "threshold")
-    assert drawn[0][1] == [0, 0, 784 * 2, 0, 0, 0, 0, 0, 0, 784 * 5]
 
 
 def test_the_moving_picture_shows_pixels_in_raster_order_beside_their_predictions(drawn):

@@ -5,7 +5,6 @@ import io
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import matplotlib
@@ -32,7 +31,6 @@ POINTS = torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
 DIGITS = torch.arange(60) % 10
 CURVES = {"training": [None, 3.0, 2.0, 1.5], "test": [9.0, 3.5, float("nan"), 2.0]}
 PIXELS = torch.arange(28 * 28).reshape(28, 28)
-X = torch.linspace(0.1, 1, 20)
 
 ROWS = [
     {"variant": "default", "elbo_mean": 9.0, "elbo_std": 0.1, "nll_mean": 8.0, "nll_std": 0.2},
@@ -43,6 +41,7 @@ ROWS = [
 # One call of each function, by its name: the arguments after the path.
 CALLS = {
     "save_images": (IMAGES, 4, ["a", "b", "c"], "title"),
+    "save_rows": (dict(real=IMAGES, drawn=IMAGES), 4),
     "save_grid_table": ({"few": [IMAGES] * 2, "more": [IMAGES] * 2}, 4, ["samples", "plane"], {"more": [0, 3]}, "a note"),
     "save_strips": ([(name, range(4), {"$D(x)$": [1, 0, 1, 0]}, IMAGES) for name in "ab"], "epoch"),
     "save_latent_plane": (IMAGES[:9], 3),
@@ -51,10 +50,8 @@ CALLS = {
         range(4), [("loss", CURVES, {"optimum": 1.0}), ("error", CURVES, {"one": 1, "two": 2})], "epoch", 2, ["error"]
     ),
     "save_batches": (dict(iteration=[1, 2, 3], loss=[5.0, 4.0, 3.0]), "loss", {"test images": 3.5}),
-    "save_optimal_discriminator": (X, [(title, X**2, X**2, X**4) for title in "ab"]),
     "save_map": (PIXELS, "label"),
     "save_receptive_field": (((PIXELS > 100) & (PIXELS < 395)).float() * (PIXELS + 1), (14, 3)),
-    "save_bars": (range(3), [1.0, 2.0, 3.0], "digit", "NLL"),
     "save_confusion": (DIGITS, DIGITS.flip(0), "guess"),
     "save_ablation": (ROWS, {"nats": {"ELBO": "elbo", "NLL": "nll"}, "distance": {"": "nll"}}, ["distance"], "a note"),
 }  # fmt: skip
@@ -92,7 +89,7 @@ def test_every_function_is_called():
 def test_drawing_writes_files_and_leaves_settings_alone(name, drawn):
     files, unchanged = drawn(name)
     assert unchanged
-    grids = name in ("save_images", "save_grid_table", "save_latent_plane")
+    grids = name in ("save_images", "save_rows", "save_grid_table", "save_latent_plane")
     assert set(files) == ({".png"} if grids else {".png", ".pdf"})
     assert b"/Type3" not in files.get(".pdf", b"") and b"CreationDate" not in files.get(".pdf", b"")
     with Image.open(io.BytesIO(files[".png"])) as image:
@@ -119,13 +116,6 @@ def test_the_users_backend_and_settings_change_no_figure(tmp_path, drawn):
     subprocess.run(command, cwd=ROOT, env={**os.environ, **extra}, check=True)
     for name in names:
         assert {path.suffix: path.read_bytes() for path in tmp_path.glob(f"{name}.*")} == drawn(name)[0]
-
-
-def test_threads_draw_the_same_files(tmp_path_factory, drawn):
-    names = ["save_images", "save_bars", "save_grid_table", "save_map"] * 2
-    folders = [tmp_path_factory.mktemp(name) for name in names]
-    with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(draw, names, folders)) == [drawn(name)[0] for name in names]
 
 
 def test_running_means_cover_equal_stretches_of_x():
@@ -217,13 +207,3 @@ def test_moving_picture_with_captions_and_unknown_pixels(tmp_path):
     found, known = frames[0][top : top + 184, left : left + 244], ~np.isnan(expected)
     assert np.abs(found[known] - expected[known][:, None]).max() < 9
     assert (found[~known] == (86, 180, 233)).all()
-
-
-def test_a_long_training_has_few_frames_and_its_last_epoch(tmp_path, monkeypatch):
-    shown = []
-    monkeypatch.setattr(figures, "save_gif", lambda path, frames, columns, captions: shown.append(captions))
-    for last in (0, 23, 24, 100):
-        images = torch.zeros(1, 1, 4, 4, dtype=torch.uint8)
-        figures.save_training_gif(tmp_path / "a.gif", {epoch: images for epoch in range(last + 1)}, 1)
-        assert len(shown[-1]) <= figures.MAX_FRAMES and shown[-1][-1] == f"epoch {last}"
-    assert len(shown[1]) == 24

@@ -11,7 +11,7 @@ import hw2_step3_main as step3
 from tests import children
 from tests.children import STEPS
 from tests.conftest import ROOT, assert_refused, content, documented_files, flags_of, same
-from utils import cli, files, gan_results, machine, metrics
+from utils import cli, files, machine, metrics
 from utils.figures import STYLE
 from utils.run import Run
 
@@ -25,7 +25,6 @@ JUDGE, JUDGE_THRESHOLDED = metrics.judge_sampler, metrics.judge_thresholded
 def test_dry_run_writes_every_file(name, call_step, trained, monkeypatch, tmp_path):
     """With every figure and metric, and the same training as without."""
     monkeypatch.setitem(STYLE, "savefig.dpi", 60)
-    monkeypatch.setattr(gan_results, "OPTIMUM_STEPS", 20)
     monkeypatch.setattr(cli, "load_data", children.few_images)
     done = call_step(STEPS[name], *flags_of(name, tmp_path))
     assert (done.returncode, done.stderr) == (0, "")
@@ -98,7 +97,7 @@ def test_a_run_without_the_classifier_finishes(name, call_step, bare_steps, monk
     monkeypatch.setattr(metrics, "load_data", children.few_images)
     done = call_step(STEPS[name], *flags_of(name, tmp_path))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.index("python -m utils.train_classifier") < done.stdout.index("epoch 1/2")
+    assert done.stdout.index("python results/train_classifier.py") < done.stdout.index("epoch 1/2")
     assert "frechet_distance" not in files.read_json(tmp_path / "metrics.json")
 
 

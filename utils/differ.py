@@ -1,8 +1,7 @@
 """When two figures differ: if they lie more than two standard errors of their difference apart.
 
-There are three such errors, for three kinds of figures. Means over the same images with the same pixels are compared
-in pairs, image by image. Metrics of samples have a standard error each, by the jackknife. Runs with several seeds have
-the spread of the seeds. Only the standard library is needed.
+Means over the same images with the same pixels are compared in pairs, image by image. Metrics of samples have a
+standard error each, by the jackknife. Runs with several seeds have the spread of the seeds.
 """
 
 import math
@@ -28,13 +27,11 @@ def independent(value, error, other, other_error):
 
 
 def over_seeds(values, others):
-    """Return the difference of the means over seeds, and its standard error; raise ValueError for one seed each.
+    """Return the difference of the means over seeds, and its standard error. One side needs two runs or more.
 
     The spread is pooled: the variances of both, weighted by their degrees of freedom.
     """
     freedom = len(values) + len(others) - 2
-    if freedom < 1:
-        raise ValueError("a spread over seeds needs two runs of one of the two settings")
     squares = sum(len(each) * statistics.pvariance(each) for each in (values, others))
     error = math.sqrt(squares / freedom * (1 / len(values) + 1 / len(others)))
     return statistics.fmean(values) - statistics.fmean(others), error

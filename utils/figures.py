@@ -6,7 +6,6 @@ The user's settings of matplotlib change no figure, and drawing changes no setti
 import contextlib
 import io
 import math
-import threading
 from pathlib import Path
 
 import matplotlib
@@ -40,19 +39,17 @@ COLUMNS = 10  # images in a row of most grids
 NUM_SAMPLES = 100  # images in samples.png, unless --count says otherwise
 GAP = 2  # pixels between two images of a grid
 LARGE_GRID = 1_000_000  # pixels
-MAX_FRAMES = 24  # of the moving picture of a training
 GREYS = matplotlib.colormaps["gray"].with_extremes(bad=COLORS[5])  # for NaN
 GIF_DPI = 200  # two dots per pixel of an image
 GIF_PALETTE = Image.new("P", (1, 1))  # few greys make a small file
 GIF_PALETTE.putpalette(GREYS([*torch.linspace(0, 1, 16), math.nan], bytes=True)[:, :3].tobytes())
-_lock = threading.RLock()
 
 
 @contextlib.contextmanager
 def our_style():
-    """Draw with matplotlib's defaults and STYLE, one thread at a time, then restore the settings of the process."""
+    """Draw with matplotlib's defaults and STYLE, then restore the settings of the process."""
     defaults = {name: value for name, value in matplotlib.rcParamsDefault.items() if name != "backend"}
-    with _lock, matplotlib.rc_context({**defaults, **STYLE}):
+    with matplotlib.rc_context({**defaults, **STYLE}):
         yield
 
 
@@ -130,7 +127,6 @@ def save_gif(path, frames, columns, captions, row_labels=()):
 
 
 def save_training_gif(path, snapshots, columns):
-    """Write a moving picture of uint8 images (N, 1, H, W) by epoch: up to MAX_FRAMES, with the last one."""
-    shown = [*snapshots][:: -max(1, -(-len(snapshots) // MAX_FRAMES))][::-1]
-    frames = torch.stack([snapshots[epoch] for epoch in shown]) / 255
-    save_gif(path, frames, columns, [f"epoch {epoch}" for epoch in shown])
+    """Write a moving picture of uint8 images (N, 1, H, W) by epoch."""
+    frames = torch.stack([*snapshots.values()]) / 255
+    save_gif(path, frames, columns, [f"epoch {epoch}" for epoch in snapshots])

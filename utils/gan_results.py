@@ -1,35 +1,26 @@
-"""Warnings, figures and final metrics of step 1, and the optimal discriminator on densities that are known."""
+"""Warnings, figures and final metrics of step 1."""
 
+import copy
 import math
 from functools import partial
 
 import torch
-from torch import nn
-from torch.distributions import Categorical, MixtureSameFamily, Normal
 
 from models.common import IMAGE_SHAPE
-from models.GAN import train_discriminator
 from utils import figures, files, metrics, plotting
 from utils.data import to_symmetric, to_unit
 from utils.figures import COLUMNS, NUM_SAMPLES
 
 NUM_SNAPSHOT = 50  # images of the same noise that are kept after an epoch
 STRIP_ROWS = 8  # epochs shown in samples_by_epoch.png
-QUALITY = (
-    "frechet_distance",
-    "classifier_score",
-    "precision",
-    "recall",
-    "coverage",
-)  # columns of quality.csv
 SATURATED = 0.95  # D(x) above it, with D(G(z)) as close to 0, means a saturated discriminator
 
 DISCRIMINATOR_OPTIMUM = math.log(4)  # its smallest loss for p_g = p_data, in nats
-# The generator's loss and its optimum for p_g = p_data in nats, where {} is the discriminator's output for G(z).
+# The generator's loss, where {} is the discriminator's output for G(z), and its optimum for p_g = p_data in nats.
 G_LOSSES = {
-    "non-saturating": ("-log {}", math.log(2)),
-    "saturating": ("log(1 - {})", -math.log(2)),
-    "relativistic": ("-log {}", math.log(2)),
+    "non-saturating": ("-log {}", "log 2", math.log(2)),
+    "saturating": ("log(1 - {})", "-log 2", -math.log(2)),
+    "relativistic": ("-log {}", "log 2", math.log(2)),
 }
 
 
@@ -62,7 +53,7 @@ def find_trouble(generator, d_real, d_fake, dataset="MNIST"):
     # Half the pixels with ink are white in real digits, fewer in the grey fog of early samples.
     sharp = (samples > 0.9).sum() > 0.2 * (samples > 0.1).sum()
     if sharp and metrics.has_classifier(dataset):
-        shares = metrics.digit_shares(metrics.classify(samples, dataset))
+        shares = metrics.digit_shares(metrics.probabilities(samples, dataset).argmax(1))
         if shares.max() > 0.5:
             warnings.append(f"collapsed generator: {shares.max():.0%} of its samples are a {shares.argmax()}")
     return warnings
@@ -73,40 +64,34 @@ def log_quality(run, generator, discriminator, images, test_images):
     if metrics.has_classifier(run.args.dataset):
         count = metrics.NUM_JUDGED_QUICKLY if run.args.dry_run else 2000
         entries = metrics.judge_for(run, sample_images(generator, count).cpu(), "none")
-        row = {name: entries[name]["value"] for name in QUALITY}
+        row = {name: entries[name]["value"] for name in metrics.ONE_SCALE}
         row |= dict(updates=run.iteration // run.options["d_freq"], samples=count)
-        row |= dict(
-            d_train=mean_output(discriminator, images), d_test=mean_output(discriminator, test_images)
-        )
-        run.log("quality", epoch=run.epochs_done, **row)
+        d_train, d_test = (mean_output(discriminator, each) for each in (images, test_images))
+        run.log("quality", epoch=run.epochs_done, **row, d_train=d_train, d_test=d_test)
 
 
 @torch.no_grad()
 def mean_output(discriminator, images):
     """Return the mean D(x) over up to 10,000 uint8 images, without dropout."""
-    was_training, parts = discriminator.training, images[: metrics.NUM_JUDGED].split(metrics.CHUNK)
-    discriminator.eval()
-    outputs = torch.cat([discriminator(to_symmetric(part).flatten(1)) for part in parts])
-    discriminator.train(was_training)
+    without_dropout = copy.deepcopy(discriminator).eval()
+    parts = images[: metrics.NUM_JUDGED].split(metrics.CHUNK)
+    outputs = torch.cat([without_dropout(to_symmetric(part).flatten(1)) for part in parts])
     return outputs.sigmoid().mean().item()
 
 
 def draw_losses(path, history, options):
     """Draw the losses and the discriminator's mean outputs, with the optima of Goodfellow et al. 2014, section 4.1."""
-    per_epoch, x = history["epoch"].count(1), history["iteration"]
-    short = history["epoch"][-1] < plotting.FEW_EPOCHS
-    if not short:
-        x = [iteration / per_epoch for iteration in x]
+    per_epoch, x, xlabel = history["epoch"].count(1), history["iteration"], "batch"
+    if history["epoch"][-1] >= plotting.FEW_EPOCHS:
+        x, xlabel = [iteration / per_epoch for iteration in x], "epoch"
     losses = {"discriminator": history["d_loss"], "generator": history["g_loss"]}
-    g_optimum = G_LOSSES[options["loss"]][1]
-    sign = "-" if g_optimum < 0 else ""
-    optima = {"optimum, log 4": DISCRIMINATOR_OPTIMUM, f"optimum, {sign}log 2": g_optimum}
+    _, name, optimum = G_LOSSES[options["loss"]]
+    optima = {"optimum, log 4": DISCRIMINATOR_OPTIMUM, f"optimum, {name}": optimum}
     _, _, real, fake = labels(options["loss"]).values()
     outputs = {f"${real}$, real images": history["d_real"], f"${fake}$, generated": history["d_fake"]}
     panels = [("loss (nats)", losses, optima)]
     panels += [("discriminator's mean output", outputs, {"optimum, 1/2": 0.5})]
-    smooth = min(per_epoch, 1 + len(x) // 10)
-    plotting.save_curves(path, x, panels, "batch" if short else "epoch", smooth)
+    plotting.save_curves(path, x, panels, xlabel, min(per_epoch, 1 + len(x) // 10))
 
 
 def draw_quality(path, quality):
@@ -116,9 +101,8 @@ def draw_quality(path, quality):
         ("classifier score", {"": quality["classifier_score"]}, {}),
         ("share of images", {name: quality[name] for name in ("precision", "recall")}, {}),
     ]
-    plotting.save_curves(
-        path, quality["epoch"], panels, f"epoch ({quality['samples'][-1]:,.0f} samples each)"
-    )
+    xlabel = f"epoch ({quality['samples'][-1]:,.0f} samples each)"
+    plotting.save_curves(path, quality["epoch"], panels, xlabel)
 
 
 def draw_samples(run, generator):
@@ -136,7 +120,6 @@ def draw_figures(run, generator, images):
     run.draw("samples_by_epoch.png", draw_samples_by_epoch, run.snapshots)
     run.draw("training.gif", figures.save_training_gif, run.snapshots, COLUMNS)
     run.draw("neighbours.png", draw_neighbours, generator, images, run.args.seed)
-    run.draw("optimal_discriminator.png", draw_optimal_discriminator)
 
 
 def draw_samples_by_epoch(path, snapshots):
@@ -152,9 +135,7 @@ def draw_neighbours(path, generator, images, seed):
     """Draw samples, each above the training image nearest to it in pixels. A copied image would be seen."""
     samples = sample_images(generator, 3 * COLUMNS, torch.Generator().manual_seed(seed))
     real = to_unit(images)
-    pairs = samples, real[metrics.nearest(samples, real)]
-    rows = torch.stack([images.unflatten(0, (-1, COLUMNS)) for images in pairs], 1)
-    plotting.save_images(path, rows.flatten(0, 2), COLUMNS, ["sample", "nearest"] * len(rows))
+    plotting.save_rows(path, dict(sample=samples, nearest=real[metrics.nearest(samples, real)]))
 
 
 def draw_ablation(path, folders, load_model):
@@ -176,9 +157,9 @@ def draw_ablation(path, folders, load_model):
 
 def draw_ablation_metrics(path, table):
     """Draw the metrics of runs, the rows of ablation.csv, without those that failed: they would hide the others."""
-    panels = {key.replace("_", " ").replace("frechet", "Fréchet"): {"": key} for key in QUALITY}
-    distances = {row["variant"]: row["frechet_distance_mean"] or 0 for row in table}
-    left_out = [name for name, distance in distances.items() if distance >= 10 * distances["default"]]
+    panels = {key.replace("_", " ").replace("frechet", "Fréchet"): {"": key} for key in metrics.ONE_SCALE}
+    too_far = 10 * table[0]["frechet_distance_mean"]  # the default's
+    left_out = [row["variant"] for row in table if (row["frechet_distance_mean"] or 0) >= too_far]
     shown = [row for row in table if row["variant"] not in left_out]
     what = "left out, with ten times the default's Fréchet distance or more: "
     note = what + ", ".join(left_out) if left_out else ""
@@ -188,7 +169,7 @@ def draw_ablation_metrics(path, table):
 def write_metrics(run, generator, images):
     """Write metrics.json: the quality of samples, and means over the last epoch. A GAN has no likelihood."""
     _, _, real, fake = labels(run.options["loss"]).values()
-    g_formula, g_optimum = G_LOSSES[run.options["loss"]]
+    g_formula, _, g_optimum = G_LOSSES[run.options["loss"]]
     descriptions = dict(
         d_loss=("nats", f"-log {real} - log(1 - {fake})", DISCRIMINATOR_OPTIMUM),
         g_loss=("nats", g_formula.format(fake), g_optimum),
@@ -202,46 +183,3 @@ def write_metrics(run, generator, images):
             more = dict(optimum=optimum, over=over, train_images=len(images))
             results[name] = files.metric(epochs[name][-1], unit, formula, **more)
     run.finish(("frechet_distance", "classifier_score", "recall"), **results)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# D(x) = p_data(x) / (p_data(x) + p_g(x)) for the best D (Goodfellow et al. 2014, proposition 1). In one dimension it
-# can be drawn beside what a network learns by the discriminator's step of step 1.
-
-OPTIMUM_STEPS = 600  # batches
-
-
-def mixture(*parameters):
-    """Return the density of a mixture of Gaussians on the line, of lists of weights, means and deviations."""
-    weights, *of_parts = map(torch.tensor, parameters)
-    return MixtureSameFamily(Categorical(weights), Normal(*of_parts))
-
-
-P_DATA = mixture([0.4, 0.6], [-2.0, 1.5], [0.6, 0.9])
-P_G = mixture([1.0], [0.0], [1.6])
-
-
-def trained_discriminator(p_data, p_g, x):
-    """Train a network to tell draws of p_data from draws of p_g; return its output at each of x, (N,)."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed a GPU as well
-        network = nn.Sequential(nn.Linear(1, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1))
-        optimizer = torch.optim.Adam(network.parameters(), 2e-2, fused=True)
-        # The rate falls to zero, so that the noise of the last batches averages out.
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, OPTIMUM_STEPS)
-        for _ in range(OPTIMUM_STEPS):
-            real, fake = (density.sample((1000, 1)) for density in (p_data, p_g))
-            train_discriminator(network, optimizer, real, fake, nn.BCEWithLogitsLoss(), "cpu")
-            schedule.step()
-    with torch.no_grad():
-        return network(x[:, None]).sigmoid()[:, 0]
-
-
-def draw_optimal_discriminator(path):
-    """Draw p_data / (p_data + p_g), and what a network learns, for densities that are known."""
-    x = torch.linspace(-4, 4, 200)
-    data, panels = P_DATA.log_prob(x).exp(), []
-    for title, p_g in ((r"$p_g \neq p_{data}$", P_G), ("$p_g = p_{data}$", P_DATA)):
-        generated = p_g.log_prob(x).exp()
-        panels.append((title, trained_discriminator(P_DATA, p_g, x), data, generated))
-    plotting.save_optimal_discriminator(path, x, panels)

@@ -1,4 +1,4 @@
-"""Estimates of log p(x) for a VAE, and which latent dimensions it uses."""
+"""Estimates of log p(x) for a VAE."""
 
 import math
 
@@ -7,12 +7,7 @@ from torch.nn import functional as F
 
 from utils.metrics import progress
 
-NUM_DECODED = 4000  # latent vectors decoded at once, which bounds the memory
-
-
-def importance_bound(model, x, num_samples, generator=None):
-    """Return `importance_bounds` under the prior N(0, I): (N,)."""
-    return importance_bounds(model, x, num_samples, generator)[0]
+NUM_DECODED = 4000  # latent vectors decoded at once, of one image at least; this bounds the memory
 
 
 @torch.no_grad()
@@ -32,23 +27,19 @@ def importance_bounds(model, x, num_samples, generator=None, priors=(None,)):
     bounds = []
     for images in progress(x.split(max(1, NUM_DECODED // num_samples)), "importance-weighted bound"):
         mean, logvar = model.encode(images)
-        totals = [torch.full_like(mean[:, 0], -math.inf) for _ in priors]
-        for start in range(0, num_samples, NUM_DECODED):
-            count = min(NUM_DECODED, num_samples - start)
-            noise = torch.randn(count, *mean.shape, generator=generator, dtype=torch.float32).to(mean)
-            z = mean + torch.exp(0.5 * logvar) * noise
-            # log p(x|z), (samples, images): minus reconstruction_loss, without its rounding near 0 and 1.
-            logits = _logits(model, z.flatten(0, 1)).unflatten(0, z.shape[:2])
-            log_p = torch.einsum("knd,nd->kn", logits, images) - F.softplus(logits).sum(2)
-            log_ratio = log_p - _log_normal(z, mean, logvar)
-            sums = [(log_ratio + _log_prior(z, prior)).logsumexp(0) for prior in priors]
-            totals = [torch.logaddexp(*each) for each in zip(totals, sums)]
-        bounds.append(torch.stack(totals) - math.log(num_samples))
+        noise = torch.randn(num_samples, *mean.shape, generator=generator, dtype=torch.float32).to(mean)
+        z = mean + torch.exp(0.5 * logvar) * noise
+        # log p(x|z), (samples, images): minus reconstruction_loss, without its rounding near 0 and 1.
+        logits = _logits(model, z.flatten(0, 1)).unflatten(0, z.shape[:2])
+        log_p = torch.einsum("knd,nd->kn", logits, images) - F.softplus(logits).sum(2)
+        log_ratio = log_p - _log_normal(z, mean, logvar)
+        sums = torch.stack([(log_ratio + _log_prior(z, prior)).logsumexp(0) for prior in priors])
+        bounds.append(sums - math.log(num_samples))
     return torch.cat(bounds, 1)
 
 
 @torch.no_grad()
-def plane_log_likelihood(model, x, spacing=0.04, half_width=5.0, prior=None):
+def plane_log_likelihood(model, x, spacing=0.04, half_width=5.0):
     """Return log p(x), (N,) in nats, by summing p(x|z) p(z) over a square grid in a latent plane, z_size = 2.
 
     The sum is nearly exact if the spacing is below the posteriors' standard deviations. For the default model
@@ -57,17 +48,14 @@ def plane_log_likelihood(model, x, spacing=0.04, half_width=5.0, prior=None):
     Args:
         x: targets in [0, 1], (N, ...).
         half_width: half the side of the square around zero. Outside 5.0 the prior N(0, I) has a mass of 1e-6.
-        prior: one of the `priors` of `importance_bounds`.
     """
-    if model.z_size != 2:
-        raise ValueError(f"the plane has two latent dimensions, not {model.z_size}")
     count = round(2 * half_width / spacing)
     images = x.flatten(1).to(next(model.parameters()))
     axis = (torch.arange(count).to(images) + 0.5) * spacing - half_width
     total = torch.full_like(images[:, 0], -math.inf)
     for z in progress(torch.cartesian_prod(axis, axis).split(NUM_DECODED), "integral over the latent plane"):
         logits = _logits(model, z)
-        constant = _log_prior(z, prior) - F.softplus(logits).sum(1)
+        constant = _log_prior(z) - F.softplus(logits).sum(1)
         for chunk, sums in zip(images.split(NUM_DECODED), total.split(NUM_DECODED)):
             log_joint = torch.addmm(constant, chunk, logits.T)  # (images, grid points)
             sums.copy_(torch.logaddexp(sums, log_joint.logsumexp(1)))
@@ -79,7 +67,7 @@ def _logits(model, z):
     return model.decode_logits(z) if hasattr(model, "decode_logits") else model.decode(z).logit(eps=1e-7)
 
 
-def _log_prior(z, prior):
+def _log_prior(z, prior=None):
     zero = z.new_zeros(())
     return _log_normal(z, zero, zero) if prior is None else prior.log_prob(z)
 
@@ -87,11 +75,3 @@ def _log_prior(z, prior):
 def _log_normal(z, mean, logvar):
     """Return log N(z; mean, diag(exp(logvar))), summed over the last dimension."""
     return -0.5 * (math.log(2 * math.pi) + logvar + (z - mean).square() / logvar.exp()).sum(-1)
-
-
-def active_units(means, threshold=0.01):
-    """Count the latent dimensions whose posterior mean has a variance above the threshold over N images.
-
-    `means` has the shape (N, z_size). See Burda et al. 2016, arXiv 1509.00519, section 5.2.
-    """
-    return (means.var(0) > threshold).sum().item()

@@ -1,7 +1,7 @@
 """Metrics of samples: `judge(images)["frechet_distance"]["value"]` compares images with the test images of MNIST.
 
-The metrics use one fixed digit classifier, `results/classifier/model.pt`, from `utils.train_classifier`. So their
-values compare with one another, and not with other papers' values. For scale, each metric of 10,000 samples has a
+The metrics use one fixed digit classifier, `results/classifier/model.pt`, from `results/train_classifier.py`. So
+their values compare with one another, and not with other papers' values. For scale, each metric of 10,000 samples has a
 `floor`: the same metric of 10,000 real training images. A model can score better than this reference.
 """
 
@@ -18,6 +18,7 @@ from models.classifier import Classifier
 from models.common import IMAGE_SHAPE, NUM_CLASSES, checked
 from utils import files, machine
 from utils.data import DATASETS, NUM_HELD_OUT, binarize, load_data
+from utils.files import ROOT
 
 CLASSIFIER_STEP = "classifier"
 NUM_JUDGED = 10_000  # samples, as many as there are test images
@@ -42,14 +43,12 @@ def progress(items, what):
         yield item
 
 
-def judge(
-    images, pixels="none", held_out=False, data_dir=files.ROOT / "data", num_real=None, dataset="MNIST"
-):
+def judge(images, pixels="none", held_out=False, data_dir=ROOT / "data", dataset="MNIST"):
     """Return every metric of samples (N, 1, 28, 28) in [0, 1] as entries for metrics.json; 10,000 are usual.
 
     The real images are the test images or, if `held_out`, the last 10,000 training images. Their `pixels` are 'none'
-    (grey), 'threshold' or 'stochastic'. The metrics depend on their number. So there is no floor for `num_real` images.
-    Without a classifier of the data set there is Parzen's metric alone.
+    (grey), 'threshold' or 'stochastic'. Fewer than 10,000 samples are compared with as many real images, and have no
+    floor. Without a classifier of the data set there is Parzen's metric alone.
     """
     images = checked("images", images, ("N", *IMAGE_SHAPE), images).float()
     low, high = images.min(), images.max()
@@ -57,26 +56,23 @@ def judge(
         takes = f"at least {NEIGHBOURS + 1} images in [0, 1]"
         raise ValueError(f"images takes {takes}, not {len(images)} from {low:.3g} to {high:.3g}")
     (train_images, _), (test_images, _) = load_data(data_dir, dataset, images.device)
-    held_out_images = train_images[-NUM_HELD_OUT:]
-    reference = (held_out_images if held_out else test_images)[:num_real]
-    draw = torch.Generator().manual_seed(0)
-    real = binarize(reference, pixels, draw)
+    held_out_images, draw = train_images[-NUM_HELD_OUT:], torch.Generator().manual_seed(0)
+    real = binarize((held_out_images if held_out else test_images)[: len(images)], pixels, draw)
     sigma_images = binarize(held_out_images[:NUM_SIGMA_IMAGES], pixels, draw)
     classifier = load_classifier(images.device, dataset) if has_classifier(dataset) else None
+    has_floors = classifier and len(images) == NUM_JUDGED and not held_out
+    floors = files.read_json(classifier_folder(dataset) / "floors.json")[pixels] if has_floors else {}
+    against = f"{len(real)} {'held-out training' if held_out else 'test'} images, pixels {pixels}"
     entries = compare(images, real, sigma_images, classifier)
-    against = f"{len(reference)} {'held-out training' if held_out else 'test'} images, pixels {pixels}"
-    comparable = len(images) == NUM_JUDGED and not (held_out or num_real)
-    path = classifier_folder(dataset) / "floors.json"
-    floors = files.read_json(path)[pixels] if comparable and path.exists() else {}
-    more = dict(samples=len(images), against=against)
-    return {name: {**entry, **more, "floor": floors.get(name)} for name, entry in entries.items()}
+    for name, entry in entries.items():
+        entry |= dict(samples=len(images), against=against, floor=floors.get(name))
+    return entries
 
 
 def judge_sampler(run, sample, pixels="none", count=NUM_JUDGED):
     """Draw `count` images, few in a dry run, with `sample(count, generator)`; return them and their metrics."""
     machine.say("quality of samples")
-    noise = torch.Generator().manual_seed(0)
-    started = time.perf_counter()
+    noise, started = torch.Generator().manual_seed(0), time.perf_counter()
     sample(64, noise).cpu()
     seconds = time.perf_counter() - started
     images = draw_in_chunks(sample, NUM_JUDGED_QUICKLY if run.args.dry_run else count, noise)
@@ -89,9 +85,8 @@ def judge_sampler(run, sample, pixels="none", count=NUM_JUDGED):
 
 
 def judge_for(run, images, pixels):
-    """Return `judge` of a run's samples. Fewer than 10,000 are compared with as many real images."""
-    num_real, args = len(images) if len(images) < NUM_JUDGED else None, run.args
-    return judge(images, pixels, args.held_out, args.data_dir, num_real, args.dataset)
+    """Return `judge` of a run's samples."""
+    return judge(images, pixels, run.args.held_out, run.args.data_dir, run.args.dataset)
 
 
 def judge_thresholded(run, images, name=""):
@@ -126,8 +121,7 @@ DESCRIPTIONS = dict(
 
 def compare(samples, real, sigma_images, classifier=None):
     """Return entries for metrics.json about samples (N, 1, 28, 28) in [0, 1]; without a classifier, Parzen's alone."""
-    densities, sigma = parzen_log_likelihood(samples, real, sigma_images)
-    values, errors = dict(parzen=densities, parzen_sigma=sigma), {}
+    values, errors = {}, {}
     if classifier:
         features, of_class = _features(samples, classifier)
         real_features, _ = _features(real, classifier)
@@ -140,14 +134,16 @@ def compare(samples, real, sigma_images, classifier=None):
             largest_share=digits == shares.argmax(),
             smallest_share=digits == shares.argmin(),
             **neighbour_metrics(features, real_features),
-            **values,
         )
-        errors["frechet_distance"] = jackknife_error(distance, features)
-        errors["classifier_score"] = jackknife_error(classifier_score, of_class)
-    more = {name: dict(standard_error=error) for name, error in errors.items()}
-    return {
-        name: files.metric(value, *DESCRIPTIONS[name], **more.get(name, {})) for name, value in values.items()
-    }
+        errors = dict(
+            frechet_distance=jackknife_error(distance, features),
+            classifier_score=jackknife_error(classifier_score, of_class),
+        )
+    values["parzen"], values["parzen_sigma"] = parzen_log_likelihood(samples, real, sigma_images)
+    entries = {name: files.metric(value, *DESCRIPTIONS[name]) for name, value in values.items()}
+    for name, error in errors.items():
+        entries[name]["standard_error"] = error
+    return entries
 
 
 def save_per_image(folder, x, values):
@@ -170,7 +166,7 @@ def jackknife_error(statistic, x, groups=10):
 
 
 def classifier_folder(dataset):
-    folder = files.ROOT / "results" / CLASSIFIER_STEP
+    folder = ROOT / "results" / CLASSIFIER_STEP
     return folder if dataset == DATASETS[0] else folder / "runs" / f"dataset={dataset}"
 
 
@@ -189,7 +185,7 @@ def say_what_is_left_out(dataset):
     """Print what a run leaves out if there is no classifier of its data set."""
     if not has_classifier(dataset):
         what = "most metrics of samples, quality.png and frames in comparison.png are left out"
-        command = f"python -m utils.train_classifier --dataset {dataset}"
+        command = f"python results/train_classifier.py --dataset {dataset}"
         machine.say(f"there is no classifier of {dataset}: {what}; {command} trains one")
 
 
@@ -198,18 +194,11 @@ def probabilities(images, dataset="MNIST"):
     return _features(images, load_classifier(images.device, dataset))[1]
 
 
-def classify(images, dataset="MNIST"):
-    """Return the class that the classifier sees in each image (N, 1, 28, 28) in [0, 1]: (N,) integers."""
-    return probabilities(images, dataset).argmax(1)
-
-
 @torch.no_grad()
 def _features(images, classifier):
     """Return features (N, 64) and probabilities (N, 10) of images, in double precision on the CPU."""
     features = torch.cat([classifier.features(x) for x in images.float().split(CHUNK)])
-    logits = classifier.to_logits(features)
-    # Not every accelerator has double precision.
-    return features.cpu().double(), logits.cpu().double().softmax(1)
+    return features.cpu().double(), classifier.to_logits(features).cpu().double().softmax(1)
 
 
 def frechet_distance(a, b):
@@ -218,10 +207,7 @@ def frechet_distance(a, b):
     Heusel et al. 2017 (arXiv 1706.08500), Eq. 6. The distance falls with the number of samples, so compare equal ones.
     """
     mean_a, mean_b, cov_a, cov_b = a.mean(0), b.mean(0), a.T.cov(), b.T.cov()
-    # tr (A B)^(1/2) = tr (A^(1/2) B A^(1/2))^(1/2), whose argument is symmetric.
-    values, vectors = torch.linalg.eigh(cov_a)
-    root_a = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0).sqrt().sum()
+    cross = torch.linalg.eigvals(cov_a @ cov_b).sqrt().real.sum()
     return ((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
 
 
@@ -268,20 +254,15 @@ def parzen_log_likelihood(samples, test, validation, sigmas=SIGMAS):
     et al. 2016, arXiv 1511.01844). Returns densities (M,) in nats, and sigma, the best for the validation images.
     """
     samples, test, validation = (images.flatten(1) for images in (samples, test, validation))
-    densities = _log_densities(validation, samples, sigmas).mean(1)
-    best = sigmas[densities.argmax()]
-    return _log_densities(test, samples, [best])[0], best
+    best = max(sigmas, key=lambda sigma: _log_density(validation, samples, sigma).mean())
+    return _log_density(test, samples, best), best
 
 
-def _log_densities(x, centres, sigmas):
-    """Return log mean_centre N(x; centre, sigma^2 I) for each sigma and row of x: (sigmas, rows)."""
-    norms = [math.log(len(centres)) + x.shape[1] / 2 * math.log(2 * math.pi * sigma**2) for sigma in sigmas]
-    densities = []
-    for chunk in progress(x.split(CHUNK), "Parzen window"):
-        squares = torch.cdist(chunk, centres).square()
-        rows = [(squares / (-2 * sigma**2)).logsumexp(1) - norm for sigma, norm in zip(sigmas, norms)]
-        densities.append(torch.stack(rows))
-    return torch.cat(densities, 1)
+def _log_density(x, centres, sigma):
+    """Return log mean_centre N(x; centre, sigma^2 I) for each row of x, (N,)."""
+    norm = math.log(len(centres)) + x.shape[1] / 2 * math.log(2 * math.pi * sigma**2)
+    distances = (torch.cdist(chunk, centres) for chunk in progress(x.split(CHUNK), "Parzen window"))
+    return torch.cat([(each.square() / (-2 * sigma**2)).logsumexp(1) - norm for each in distances])
 
 
 def nearest(samples, images):

@@ -141,15 +141,11 @@ def read_options(function):
     }
 
 
-def defaults(function):
-    """Return the default of every option of the function, by name."""
-    return {name: each.default for name, each in read_options(function).items()}
-
-
-def takes(function, name):
-    """Tell whether a function or class has an argument of this name, or takes any."""
-    parameters = inspect.signature(function).parameters
-    return name in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+def build(network, **architecture):
+    """Return a network of a class, with those of the arguments that it takes: a network of your own may have fewer."""
+    parameters = inspect.signature(network).parameters
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    return network(**{name: value for name, value in architecture.items() if takes_any or name in parameters})
 
 
 def nearest(word, words):

@@ -64,15 +64,12 @@ def label_log_likelihoods(network, x):
     return torch.stack([-pixel_nll(network, x, each).sum((1, 2, 3)) for each in labels.T], 1)
 
 
-def receptive_field(network, x, labels, pixel, batch_size=100):
+def receptive_field(network, x, labels, pixel):
     """Return the mean over images of |d logit / d x_j|, (28, 28), for the logit of one pixel and every x_j."""
-    total = torch.zeros_like(x[0, 0])
-    for some, their_labels in zip(x.split(batch_size), labels.split(batch_size)):
-        some = some.clone().requires_grad_()
-        logits = network(*network_inputs(network, some, their_labels))
-        (gradient,) = torch.autograd.grad(logits[:, 0, pixel[0], pixel[1]].sum(), some)
-        total += gradient.abs().sum((0, 1))
-    return total / len(x)
+    x = x.clone().requires_grad_()
+    logits = network(*network_inputs(network, x, labels))
+    (gradient,) = torch.autograd.grad(logits[:, 0, pixel[0], pixel[1]].sum(), x)
+    return gradient.abs().mean((0, 1))
 
 
 def sample_images(network, labels, generator=None, given=None):
@@ -102,9 +99,8 @@ def num_judged(network):
     started, few = time.perf_counter(), metrics.NUM_JUDGED_QUICKLY
     network(x, *y)
     minutes = few / NUM_TIMED * NUM_PIXELS * (time.perf_counter() - started) / 60
-    machine.say(
-        f"a pixel needs a pass of the whole network: {few} samples, the most we judge, take {minutes:.1f} min"
-    )
+    most = f"{few} samples, the most we judge, take {minutes:.1f} min"
+    machine.say(f"a pixel needs a pass of the whole network: {most}")
     return few
 
 
@@ -191,13 +187,6 @@ def draw_completions(path, network, originals, labels, noise):
     plotting.save_images(path, rows, COLUMNS + 2, labels.tolist(), scale=0.28, headings=headings)
 
 
-def draw_nll_digits(path, nll, labels, how):
-    """Draw the mean NLL of each digit; nll is (N, 1, 28, 28)."""
-    of_each = [nll[labels == digit].sum((1, 2, 3)) for digit in range(NUM_CLASSES)]
-    means = [nats.mean().nan_to_num().item() for nats in of_each]
-    plotting.save_bars(path, range(NUM_CLASSES), means, "digit", f"test NLL\n(nats per image, {how})")
-
-
 def write_metrics(run, network, train_set, test_set):
     """Write metrics.json, in single precision unless an entry says otherwise, and draw the figures that go with it."""
     conditional = isinstance(network, ConditionalPixelCNN)
@@ -207,21 +196,21 @@ def write_metrics(run, network, train_set, test_set):
     machine.say("likelihoods of test and training images")
     nll = nll_of_draws(network, images, labels, how)
     train_nll = nll_of_draws(network, *(each[: len(images)] for each in train_set), how)
+    totals, train_totals = (each.sum((2, 3, 4)) for each in (nll, train_nll))  # nats per image, (draws, N)
     run.draw("nll_map.png", plotting.save_map, nll.mean((0, 1, 2)), f"test NLL (nats per pixel, {how})")
-    run.draw("nll_digits.png", draw_nll_digits, nll.mean(0), labels, how)
-    field = receptive_field(network, x[:1000], labels[:1000], SEEN_FROM)
+    field = receptive_field(network, x[:100], labels[:100], SEEN_FROM)
     run.draw("receptive_field.png", plotting.save_receptive_field, field, SEEN_FROM)
     given = "x_1, ..., x_{i-1}" + (", y" if conditional else "")
     what = "nats per image", f"-sum_i log p(x_i | {given}), mean over images"
     bits = "bits per pixel", "test_nll / (784 log 2)"
-    values, more = independent_values(nll), dict(draws=len(nll), **protocol)
+    values, more = independent_values(totals), dict(draws=len(nll), **protocol)
     over = dict(over=f"first {len(images)} training images", **more)
     results = dict(
         test_nll=files.metric(values, *what, **more),
         test_bits=files.metric(bits_per_pixel(values), *bits, **more),
-        train_nll=files.metric(independent_values(train_nll), *what, **over),
+        train_nll=files.metric(independent_values(train_totals), *what, **over),
     )
-    per_image = dict(nll=nll.sum((2, 3, 4)))
+    per_image = dict(nll=totals)
     if conditional:
         of_labels, mixture_nll = label_metrics(run, network, x, labels, protocol)
         results, per_image["mixture_nll"] = results | of_labels, mixture_nll[None]
@@ -240,9 +229,8 @@ def nll_of_draws(network, images, labels, how):
     return pixel_nll(network, x, labels.repeat(num_draws)).unflatten(0, (num_draws, -1))
 
 
-def independent_values(nll):
+def independent_values(totals):
     """Return the values to average: the mean NLL of each draw, or of a single draw the NLL of each image."""
-    totals = nll.sum((2, 3, 4))
     return totals.mean(1) if len(totals) > 1 else totals[0]
 
 

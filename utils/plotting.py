@@ -1,14 +1,13 @@
 """The kinds of figure that the three steps and the ablations draw, each in a function that writes its file."""
 
 import math
-from functools import partial
 
 import numpy as np
 import torch
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from utils.figures import COLORS, HALF, WIDTH, draw_images, new_figure, our_style, save
+from utils.figures import COLORS, COLUMNS, HALF, WIDTH, draw_images, new_figure, our_style, save
 
 # A colour for each digit: Paul Tol, "Colour Schemes", 2021, the scheme "muted", and orange.
 COLOR_CODES = "332288 CC6677 117733 DDCC77 88CCEE 882255 44AA99 999933 AA4499 EE7733"
@@ -20,6 +19,12 @@ FEW_EPOCHS = 3  # of fewer there are no curves, and losses are drawn over the ba
 def save_images(path, images, columns, *labels, **options):
     """Write a grid of images as PNG. `draw_images` explains the arguments after `path`."""
     save(draw_images(images, columns, *labels, **options), path, vector=False)
+
+
+def save_rows(path, kinds, columns=COLUMNS):
+    """Write rows of images of each kind in turn; `kinds` maps labels to images (N, 1, H, W)."""
+    rows = torch.stack([images.unflatten(0, (-1, columns)) for images in kinds.values()], 1)
+    save_images(path, rows.flatten(0, 2), columns, [*kinds] * len(rows))
 
 
 def save_grid_table(path, columns, images_across, row_labels=("",), marked=(), note=""):
@@ -44,19 +49,16 @@ def save_grid_table(path, columns, images_across, row_labels=("",), marked=(), n
 def save_strips(path, strips, xlabel):
     """Write a page of strips (name, x, curves by label, images)."""
     size = WIDTH, min(0.36 * len(strips), 8.6) + 0.6  # all strips fit on a page
-    longest = max(x[-1] for _, x, _, _ in strips)
-    heights = np.concatenate([curve for _, _, curves, _ in strips for curve in curves.values()])
-    ylim = math.floor(10 * heights.min()) / 10, math.ceil(10 * heights.max()) / 10
-    with new_figure(path, *size, len(strips), 2, squeeze=False, width_ratios=[1, 3]) as (figure, axes):
+    shared = dict(squeeze=False, sharex="col", sharey="col", width_ratios=[1, 3])
+    with new_figure(path, *size, len(strips), 2, **shared) as (figure, axes):
         for (left, right), (name, x, curves, images) in zip(axes, strips):
             for label, values in curves.items():
                 left.plot(x, values, linewidth=1, label=label)
-            left.set(xlim=(0, longest), ylim=ylim)
-            left.tick_params(length=2, pad=1, labelbottom=False, labelleft=False)
+            left.tick_params(length=2, pad=1, labelleft=False)
             left.set_ylabel(name, rotation=0, ha="right", va="center", labelpad=2)
             draw_images(images, len(images), axis=right)
-        left.tick_params(labelbottom=True, labelleft=True)
-        left.set(xlabel=xlabel, yticks=ylim)
+        left.tick_params(labelleft=True)
+        left.set(xlabel=xlabel)
         figure.align_ylabels(axes[:, 0])
         figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=2)
 
@@ -109,8 +111,6 @@ def save_curves(path, x, panels, xlabel="epoch", smooth=1, log=()):
             for color, (label, height) in zip(colors, references.items()):
                 axis.axhline(height, color=color, linestyle="-.", linewidth=0.8, label=label)
             axis.set(xlabel=xlabel, ylabel=ylabel)
-            if min(x) == max(x):
-                axis.set_xlim(max(0, x[0] - 1), x[0] + 1)
             ticks = dict(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])
             axis.xaxis.set_major_locator(MaxNLocator(min(6, 12 // len(panels)), **ticks))
             _set_logarithmic(axis, log)
@@ -152,22 +152,6 @@ def _running_means(x, values, width):
     return np.asarray(x)[len(window) - 1 :][counts > 0], sums[counts > 0] / counts[counts > 0]
 
 
-def save_optimal_discriminator(path, x, panels):
-    """Write panels of (title, trained D, p_data, p_g), tensors (N,) over x, and the formula of the best D."""
-    with new_figure(path, WIDTH, 2.2, 1, len(panels), sharey=True) as (figure, axes):
-        for axis, (title, trained, p_data, p_g) in zip(axes, panels):
-            fill = partial(axis.fill_between, x, alpha=0.3, linewidth=0)
-            fill(p_data, color=COLORS[2], label="$p_{data}$")
-            fill(p_g, color=COLORS[3], hatch="////", label="$p_g$")
-            best = p_data / (p_data + p_g)
-            axis.plot(x, best, "-", color=COLORS[4], linewidth=4, label="$p_{data} / (p_{data} + p_g)$")
-            axis.plot(x, trained, "-", color=COLORS[0], linewidth=1.2, label="$D(x)$, trained")
-            axis.axhline(0.5, color="black", linestyle="--", linewidth=1, label="1/2")
-            axis.set(xlabel="x", title=title, ylim=(0, 1))
-        axes[0].set_ylabel("probability, density")
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
-
-
 def save_map(path, values, label):
     """Write a number for each pixel, (H, W), as colours with a scale."""
     with new_figure(path, HALF, 2.4) as (_, axis):
@@ -192,13 +176,6 @@ def save_receptive_field(path, sensitivity, pixel):
         axis.plot(pixel[1], pixel[0], "x", color="black", label="predicted pixel")
         axis.plot([], [], "s", color=COLORS[1], label="blind spot")
         axis.legend(loc="lower right")
-
-
-def save_bars(path, names, heights, xlabel, ylabel):
-    """Write a bar for each name, with its height as a whole number on it."""
-    with new_figure(path, HALF, 2.4) as (_, axis):
-        axis.bar_label(axis.bar([str(name) for name in names], heights), fmt="%.0f")
-        axis.set(xlabel=xlabel, ylabel=ylabel)
 
 
 def save_confusion(path, labels, guesses, xlabel):

@@ -12,6 +12,7 @@ from utils.data import binarize
 STEP = "step3_vae_prior"  # in prior.pt, which files.save_model writes and files.load_network reads
 KMEANS_STEPS, KMEANS_CODES = 20, 20_000
 EM_STEPS, MIN_GAIN = 50, 2e-3  # EM ends when a step gains fewer nats per code
+NUMBERS = (10, 30, 100, 300)  # of components, to choose from
 PSEUDO_CODES = 50.0  # each covariance is averaged with the pooled covariance, which counts as so many codes
 BLOCK = 2000  # codes at once
 DRAWS = 4  # codes of each image
@@ -70,9 +71,9 @@ def _features(z):
     return torch.cat([torch.ones_like(z[:, :1]), z, *products], 1)
 
 
-def fit_mixture(codes, num_components, seed=0):
+def fit_mixture(codes, num_components):
     """Fit a mixture to codes (N, z_size) by EM, from a start by k-means."""
-    codes = codes[torch.randperm(len(codes), generator=torch.Generator().manual_seed(seed))]
+    codes = codes[torch.randperm(len(codes), generator=torch.Generator().manual_seed(0))]
     few, centres = codes[:KMEANS_CODES], codes[:num_components]
     for _ in range(KMEANS_STEPS):
         owners = F.one_hot(torch.cdist(few, centres).argmin(1), num_components).to(few)
@@ -94,7 +95,7 @@ def fit_mixture(codes, num_components, seed=0):
     return prior
 
 
-def fit_prior(codes, held_out_codes, numbers=(10, 30, 100, 300), seed=0):
+def fit_prior(codes, held_out_codes, numbers=NUMBERS):
     """Fit a mixture to all codes, with the number of components for which held-out codes are most likely.
 
     The number is chosen by fits to `codes` (N, z_size) alone.
@@ -103,19 +104,19 @@ def fit_prior(codes, held_out_codes, numbers=(10, 30, 100, 300), seed=0):
         The prior, and {number: mean log-density of the held-out codes in nats}.
     """
     codes, held_out_codes = codes.cpu(), held_out_codes.cpu()
-    densities = {
-        number: fit_mixture(codes, number, seed).log_prob(held_out_codes).mean().item() for number in numbers
-    }
+    densities = {}
+    for number in numbers:
+        densities[number] = fit_mixture(codes, number).log_prob(held_out_codes).mean().item()
     number = max(densities, key=densities.get)
-    return fit_mixture(torch.cat([codes, held_out_codes]), number, seed), densities
+    return fit_mixture(torch.cat([codes, held_out_codes]), number), densities
 
 
 @torch.no_grad()
-def draw_codes(model, images, draws=1, pixels="stochastic", seed=0):
-    """Draw z ~ q(z|x) for uint8 images (N, 1, 28, 28), each `draws` times: (draws * N, z_size)."""
-    generator, codes = torch.Generator().manual_seed(seed), []
+def draw_codes(model, images, draws=1):
+    """Draw z ~ q(z|x) for uint8 images (N, 1, 28, 28) as stochastic pixels, each `draws` times: (draws * N, z_size)."""
+    generator, codes = torch.Generator().manual_seed(0), []
     for block in images.repeat(draws, 1, 1, 1).split(BLOCK):
-        mean, logvar = model.encode(binarize(block, pixels, generator).flatten(1))
+        mean, logvar = model.encode(binarize(block, "stochastic", generator).flatten(1))
         codes.append(mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=generator).to(mean))
     return torch.cat(codes)
 
@@ -126,16 +127,11 @@ def fit(run, model, images):
         return None, {}
     machine.say("fitting a prior to the codes of the training images")
     count = max(1, len(images) // 6)  # the last ones choose the number of components
-    codes, held_out_codes = (draw_codes(model, part, DRAWS) for part in (images[:-count], images[-count:]))
-    numbers = (2,) if run.args.dry_run else (10, 30, 100, 300)
-    prior, densities = fit_prior(codes, held_out_codes, numbers)
-    best = max(densities, key=densities.get)
-    arguments = dict(num_components=best, z_size=model.z_size)
-    files.save_model(run.folder / "prior.pt", STEP, prior, arguments, {})
+    parts = (draw_codes(model, part, DRAWS) for part in (images[:-count], images[-count:]))
+    prior, densities = fit_prior(*parts, (2,) if run.args.dry_run else NUMBERS)
+    best, more = len(prior.shares), dict(held_out_images=count, log_densities=densities)
+    files.save_model(run.folder / "prior.pt", STEP, prior, dict(num_components=best, z_size=model.z_size), {})
     formula = "the number with the largest mean log-density of the codes of the last training images"
-    more = dict(
-        held_out_images=count, log_densities={str(number): each for number, each in densities.items()}
-    )
     return prior, {"prior_components": files.metric(float(best), "components", formula, **more)}
 
 

@@ -5,17 +5,17 @@ from functools import partial
 import torch
 
 from models.common import IMAGE_SHAPE
-from models.VAE import loss_terms, reconstruction_loss
+from models.VAE import loss_terms
 from utils import figures, files, machine, metrics, plotting
 from utils.data import binarize, to_unit
 from utils.figures import COLUMNS, NUM_SAMPLES
-from utils.likelihoods import active_units, importance_bounds, plane_log_likelihood
+from utils.likelihoods import importance_bounds, plane_log_likelihood
 from utils.metrics import CHUNK, NUM_DRAWS
 from utils.prior import draw_codes
 
 PLANE_SIDE = 15
 SNAPSHOT_SIDE = 10  # of the latent plane that is kept after an epoch, for training.gif
-WALKS = ((1, 0), (7, 6))  # digits to walk from and to
+WALK_FROM, WALK_TO = (1, 7), (0, 6)  # digits
 WALK_STEPS = 12
 # Means over images and draws.
 FORMULAS = dict(
@@ -76,8 +76,7 @@ def decode_plane(model, side):
     """Decode a grid of quantiles of the prior, (side^2, 1, 28, 28): z_1 to the right, z_2 upwards, further z_j = 0."""
     quantiles = torch.distributions.Normal(0.0, 1.0).icdf((torch.arange(side) + 0.5) / side)
     z = torch.zeros(side * side, model.z_size)
-    z[:, 0] = quantiles.repeat(side)
-    z[:, 1] = quantiles.flip(0).repeat_interleave(side)
+    z[:, 0], z[:, 1] = quantiles.repeat(side), quantiles.flip(0).repeat_interleave(side)
     return decode_images(model, z.to(next(model.parameters())))
 
 
@@ -97,9 +96,8 @@ def draw_losses(path, history, batches):
     labels = {"elbo": "negative ELBO", "reconstruction": r"$-\log p(x|z)$", "kl": r"KL$(q(z|x) \,\|\, p(z))$"}
     panels = []
     for term, label in labels.items():
-        curves, sign = {}, -1 if term == "elbo" else 1
-        for name, key in (("training images", "train"), ("test images", "test")):
-            curves[name] = [None, *(sign * nats for nats in history[f"{key}_{term}"][1:])]
+        keys = {"training images": f"train_{term}", "test images": f"test_{term}"}
+        curves = {name: [None, *map(abs, history[key][1:])] for name, key in keys.items()}
         panels.append((f"{label} (nats)", curves, {}))
     plotting.save_curves(path, history["epoch"], panels, log=["epoch"])
 
@@ -116,12 +114,9 @@ def draw_figures(run, model, images, labels, prior=None):
     run.draw("latent_plane.png", draw_latent_plane, model)
     if prior:
         run.draw("priors.png", draw_priors, model, prior, images)
-    means, x = posterior_means(model, images), to_unit(images)
-    decoded = decode_images(model, means)
-    rows = torch.stack([each[: 2 * COLUMNS].unflatten(0, (2, COLUMNS)) for each in (x, decoded)], 1)
-    names = ["original", "reconstruction"] * 2
-    run.draw("reconstructions.png", plotting.save_images, rows.flatten(0, 2), COLUMNS, names)
-    run.draw("extremes.png", draw_extremes, x, decoded, labels)
+    means, few = posterior_means(model, images), slice(2 * COLUMNS)
+    pairs = dict(original=to_unit(images[few]), reconstruction=decode_images(model, means[few]))
+    run.draw("reconstructions.png", plotting.save_rows, pairs)
     run.draw("walk.png", draw_walk, model, images, labels, means)
     if run.snapshots:
         run.draw("training.gif", figures.save_training_gif, run.snapshots, SNAPSHOT_SIDE)
@@ -131,38 +126,26 @@ def draw_figures(run, model, images, labels, prior=None):
 
 def draw_priors(path, model, prior, images):
     """Draw images of the prior N(0, I), of the fitted prior, and of codes of test images."""
-    side = 8
     columns = {
-        "prior N(0, I)": [sample_images(model, side**2)],
-        "fitted prior": [sample_images(model, side**2, prior=prior)],
-        "codes of test images": [decode_images(model, draw_codes(model, images[: side**2]))],
+        "prior N(0, I)": [sample_images(model, 64)],
+        "fitted prior": [sample_images(model, 64, prior=prior)],
+        "codes of test images": [decode_images(model, draw_codes(model, images[:64]))],
     }
-    plotting.save_grid_table(path, columns, side)
-
-
-def draw_extremes(path, x, decoded, labels):
-    """Draw the best and the worst reconstruction of each digit; decoded (N, 1, 28, 28) are Bernoulli means."""
-    loss = reconstruction_loss(decoded.float().flatten(1), x)
-    rows, names = [], []
-    for name, sign in (("best", 1), ("worst", -1)):
-        order = (sign * loss).argsort()
-        chosen = [order[labels[order] == digit][0].item() for digit in labels.unique()]
-        rows += [x[chosen], decoded[chosen]]
-        names += [f"{name}, original", "reconstruction"]
-    plotting.save_images(path, torch.cat(rows), len(rows[0]), names)
+    plotting.save_grid_table(path, columns, images_across=8)
 
 
 @torch.no_grad()
 def draw_walk(path, model, images, labels, means):
     """Draw equal steps from a typical test digit to another, between posterior means and between pixels."""
+    first, last = ([typical(means, labels, digit) for digit in digits] for digits in (WALK_FROM, WALK_TO))
     share = torch.linspace(0, 1, WALK_STEPS, device=means.device)[:, None]
-    rows = []
-    for digits in WALKS:
-        ends = [typical(means, labels, digit) for digit in digits]
-        codes = torch.lerp(*means[ends], share)
-        pixels = torch.lerp(*to_unit(images[ends]).flatten(1), share)
-        rows += [decode_images(model, codes), pixels.reshape(-1, *IMAGE_SHAPE)]
-    plotting.save_images(path, torch.cat(rows), WALK_STEPS, ["latent space", "pixels"] * len(WALKS))
+
+    def walk(x):
+        return torch.lerp(x[first, None], x[last, None], share).flatten(0, 1)
+
+    pixels = walk(to_unit(images).flatten(1)).reshape(-1, *IMAGE_SHAPE)
+    kinds = {"latent space": decode_images(model, walk(means)), "pixels": pixels}
+    plotting.save_rows(path, kinds, WALK_STEPS)
 
 
 def typical(means, labels, digit):
@@ -171,7 +154,7 @@ def typical(means, labels, digit):
     return chosen[(means[chosen] - means[chosen].median(0).values).norm(dim=1).argmin()].item()
 
 
-def draw_ablation(folder, folders, variants, default_kl_coeff, load_model):
+def draw_ablation(folder, folders, variants, load_model):
     """Draw ablation.png and kl_weights.png of the runs in `folders`, by variant."""
     panels = {
         "nats per image": {"negative ELBO": "test_negative_elbo", "importance bound": "test_bound"},
@@ -180,14 +163,12 @@ def draw_ablation(folder, folders, variants, default_kl_coeff, load_model):
     }
     rows = files.read_csv(folder / "ablation.csv")
     plotting.save_ablation(folder / "ablation.png", rows, panels, log=["Fréchet distance"])
-    shown = {"default": default_kl_coeff}
-    shown |= {
-        name: options["kl_coeff"] for name, (_, options) in variants.items() if [*options] == ["kl_coeff"]
-    }
+    shown = {"default", *(name for name, (_, changes) in variants.items() if [*changes] == ["kl_coeff"])}
+    paths = [folders[name] / "model.pt" for name in folders if name in shown]
     table, side = {}, 5
-    for name in sorted(folders.keys() & shown.keys(), key=shown.get):
-        model = load_model(folders[name] / "model.pt")
-        table[f"KL weight {shown[name]:g}"] = sample_images(model, side**2), decode_plane(model, side)
+    for weight, path in sorted((files.options_of(path)["kl_coeff"], path) for path in paths):
+        model = load_model(path)
+        table[f"KL weight {weight:g}"] = sample_images(model, side**2), decode_plane(model, side)
     plotting.save_grid_table(folder / "kl_weights.png", table, side, ["samples", "latent plane"])
 
 
@@ -219,11 +200,11 @@ def bounds(run, model, images, how, sizes, prior=None):
     """
     suffix, kind = PROTOCOLS[how]
     trained = run.images_seen >= 10 * sizes["train_images"]  # a short training has a short evaluation
-    num_samples = run.args.bound_samples or (5 if run.args.dry_run else 500 if trained else 20)
-    spacing = 0.2 if run.args.dry_run else 0.04 if trained else 0.1
+    num_samples, spacing = (5, 0.2) if run.args.dry_run else (500, 0.04) if trained else (20, 0.1)
+    num_samples = run.args.bound_samples or num_samples
     pixels, noise = (torch.Generator().manual_seed(seed) for seed in (0, 1))
     priors = {"bound": None, "bound_fitted": prior} if prior else {"bound": None}
-    values, per_image, drawn = {}, [], []
+    draws, per_image, drawn = [], [], []
     for _ in range(NUM_DRAWS):
         x = binarize(images, how, pixels)
         reconstruction, kl = evaluate(model, x)
@@ -234,17 +215,16 @@ def bounds(run, model, images, how, sizes, prior=None):
             terms |= zip(priors, per_image[-1].mean(1).tolist())
             if model.z_size == 2 and not run.args.held_out:
                 terms["nll"] = -plane_log_likelihood(model, x, spacing).mean().item()
-        for name, value in terms.items():
-            values.setdefault(name, []).append(value)
+        draws.append(terms)
     if drawn:
         metrics.save_per_image(run.folder, torch.cat(drawn), dict(zip(priors, torch.stack(per_image, 1))))
     more = dict(pixels=kind, draws=NUM_DRAWS, **sizes)
     settings = dict.fromkeys(priors, dict(samples=num_samples)) | dict(nll=dict(grid_spacing=spacing))
     results = {}
-    for name, draws in values.items():
-        draws = torch.tensor(draws, dtype=torch.float64)
+    for name in draws[0]:
+        values = torch.tensor([terms[name] for terms in draws], dtype=torch.float64)
         protocol = {**settings.get(name, {}), **more}
-        results[f"test_{name}{suffix}"] = files.metric(draws, "nats per image", FORMULAS[name], **protocol)
+        results[f"test_{name}{suffix}"] = files.metric(values, "nats per image", FORMULAS[name], **protocol)
     return results
 
 
@@ -254,7 +234,8 @@ def representation_metrics(model, train_set, test_set, thorough, dataset, sizes)
     means, train_means = posterior_means(model, images), posterior_means(model, train_images)
     unit, share = f"latent dimensions of {model.z_size}", "share of test images"
     formula = "variance over the grey test images of the posterior mean > 0.01"
-    results = {"active_units": files.metric(float(active_units(means)), unit, formula, **sizes)}
+    active = (means.var(0) > 0.01).sum().item()  # Burda et al. 2016, arXiv 1509.00519, section 5.2
+    results = {"active_units": files.metric(float(active), unit, formula, **sizes)}
     spaces = {"": ("posterior means, of grey images", means, train_means)}
     if thorough:
         spaces["_pixels"] = ("grey pixels", to_unit(images), to_unit(train_images))
@@ -263,7 +244,7 @@ def representation_metrics(model, train_set, test_set, thorough, dataset, sizes)
         formula = f"the nearest training image has the same label, by Euclidean distance of {what}"
         results[f"neighbour_accuracy{suffix}"] = files.metric(correct, share, formula, **sizes)
     if metrics.has_classifier(dataset):
-        correct = metrics.classify(decode_images(model, means), dataset) == labels.cpu()
+        correct = metrics.probabilities(decode_images(model, means), dataset).argmax(1) == labels.cpu()
         formula = "the digit classifier sees the label in the image decoded from the posterior mean"
         results["reconstruction_accuracy"] = files.metric(correct, share, formula, **sizes)
     return results

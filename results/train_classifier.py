@@ -1,4 +1,4 @@
-"""Train the digit classifier of the metrics: `python -m utils.train_classifier`.
+"""Train the digit classifier of the metrics: `python results/train_classifier.py`.
 
 It learns from grey digits and from both binarisations, shifted by up to a pixel, so that it can judge all three steps.
 It writes the files of any run, and floors.json with the metrics of 10,000 real images, into results/classifier/.
@@ -6,10 +6,13 @@ It writes the files of any run, and floors.json with the metrics of 10,000 real 
 
 import math
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import torch
 from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models.classifier import Classifier
 from utils import cli, files, machine, plotting
@@ -49,7 +52,7 @@ def train(
             optimizer.step()
             schedule.step()
             run.record(loss=loss)
-        row = dict(**run.pop_means(), accuracy=accuracy(classifier, *test_set, "none"))
+        row = run.pop_means() | dict(accuracy=accuracy(classifier, *test_set, "none"))
         run.log(epoch=run.epochs_done, **row)
         run.print_epoch(row)
 
@@ -74,10 +77,7 @@ def train_and_evaluate(run, train_set, test_set):
     loss = ("cross-entropy (nats)", {"training": history["loss"]}, {})
     share = ("accuracy", {"test, grey": history["accuracy"]}, {})
     run.draw("loss.png", plotting.save_curves, history["epoch"], [loss, share], log=loss[:1])
-    write_metrics(run, classifier, train_set, test_set)
 
-
-def write_metrics(run, classifier, train_set, test_set):
     count, what = len(test_set[0]), ("share of test images", "the likeliest digit is the label")
     parts = train_set[0][:count], train_set[0][-NUM_HELD_OUT:][:NUM_SIGMA_IMAGES], test_set[0]
     floors, entries = {}, {}

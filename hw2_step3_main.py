@@ -19,6 +19,7 @@ Writes into results/step3_vae/:
     reconstructions.png   test images above their reconstructions
     training.gif          the latent plane over the epochs, a moving picture
     walk.png              from one test digit to another, in the latent space and in pixels
+    posterior.png         the test image whose bound is loosest, its true posterior and its q, with two latent dimensions
     losses.csv, batches.csv, per_image.npz, metrics.json, config.json, model.pt, prior.pt
 and after --ablation:
     ablation.png          metrics of all variants, means over the seeds

@@ -53,6 +53,7 @@ CALLS = {
     "save_map": (PIXELS, "label"),
     "save_receptive_field": (((PIXELS > 100) & (PIXELS < 395)).float() * (PIXELS + 1), (14, 3)),
     "save_confusion": (DIGITS, DIGITS.flip(0), "guess"),
+    "save_posterior": (dict(image=IMAGES[0]), torch.cartesian_prod(*[torch.arange(9.0)] * 2), *torch.rand(2, 81), "title"),
     "save_ablation": (ROWS, {"nats": {"ELBO": "elbo", "NLL": "nll"}, "distance": {"": "nll"}}, ["distance"], "a note"),
 }  # fmt: skip
 

@@ -13,7 +13,7 @@ from models.VAE import VAE_model, reconstruction_loss
 from tests.conftest import ROOT
 from utils import likelihoods, vae_results
 from utils.data import binarize, load_data
-from utils.likelihoods import importance_bounds, plane_log_likelihood
+from utils.likelihoods import importance_bounds, plane_log_likelihood, plane_posteriors
 
 
 def constant_model(logit=0.0, num_pixels=784):
@@ -86,6 +86,16 @@ def test_the_bound_grows_with_the_samples_from_the_elbo_to_log_p(trained):
     bounds = [importance_bounds(model, x, count).mean().item() for count in (1, 10, 100, 1000)]
     assert bounds[0] == pytest.approx(elbo, abs=0.6)
     assert elbo < bounds[1] < bounds[2] < bounds[3] < exact.mean().item()
+
+
+def test_the_gap_of_the_elbo_is_the_divergence_from_the_true_posterior(trained):
+    model, x, exact = trained
+    torch.manual_seed(0)
+    with torch.no_grad():
+        elbo = -sum(sum(step3.loss_terms(model, x)).item() for _ in range(100)) / 100
+    _, log_p, log_q = plane_posteriors(model, x)
+    gap = (log_q.exp() * (log_q - log_p)).sum(1).mean().item()
+    assert gap == pytest.approx(exact.mean().item() - elbo, abs=0.3)
 
 
 @pytest.mark.parametrize("num_samples", [1, 3, 40])

@@ -13,6 +13,7 @@ from utils.figures import COLUMNS, NUM_SAMPLES
 
 NUM_SNAPSHOT = 50  # images of the same noise that are kept after an epoch
 STRIP_ROWS = 8  # epochs shown in samples_by_epoch.png
+NUM_WALKS, WALK_STEPS = 4, 12
 SATURATED = 0.95  # D(x) above it, with D(G(z)) as close to 0, means a saturated discriminator
 
 DISCRIMINATOR_OPTIMUM = math.log(4)  # its smallest loss for p_g = p_data, in nats
@@ -39,9 +40,18 @@ def sample_images(generator, count, noise=None):
     noise = noise or torch.Generator().manual_seed(0)
     if hasattr(generator, "sample"):
         return generator.sample(count, noise)
-    first = next(generator.parameters())  # of a linear layer, (units, dim_z)
-    z = torch.randn(count, first.shape[1], generator=noise).to(first)
-    return ((generator(z) + 1) / 2).reshape(-1, *IMAGE_SHAPE)
+    return decode(generator, torch.randn(count, noise_size(generator), generator=noise))
+
+
+def noise_size(generator):
+    """Return the dimensions of the noise, from the weights of the first linear layer (units, dim_z)."""
+    return next(generator.parameters()).shape[1]
+
+
+@torch.no_grad()
+def decode(generator, z):
+    """Turn noise z (N, dim_z) into images (N, 1, 28, 28) in [0, 1]."""
+    return ((generator(z.to(next(generator.parameters()))) + 1) / 2).reshape(-1, *IMAGE_SHAPE)
 
 
 def find_trouble(generator, d_real, d_fake, dataset="MNIST"):
@@ -99,7 +109,7 @@ def draw_quality(path, quality):
     panels = [
         ("Fréchet distance", {"": quality["frechet_distance"]}, {}),
         ("classifier score", {"": quality["classifier_score"]}, {}),
-        ("share of images", {name: quality[name] for name in ("precision", "recall")}, {}),
+        ("share of images", {name: quality[name] for name in ("precision", "recall", "coverage")}, {}),
     ]
     xlabel = f"epoch ({quality['samples'][-1]:,.0f} samples each)"
     plotting.save_curves(path, quality["epoch"], panels, xlabel)
@@ -120,6 +130,7 @@ def draw_figures(run, generator, images):
     run.draw("samples_by_epoch.png", draw_samples_by_epoch, run.snapshots)
     run.draw("training.gif", figures.save_training_gif, run.snapshots, COLUMNS)
     run.draw("neighbours.png", draw_neighbours, generator, images, run.args.seed)
+    run.draw("walk.png", draw_walk, generator, run.args.seed)
 
 
 def draw_samples_by_epoch(path, snapshots):
@@ -136,6 +147,15 @@ def draw_neighbours(path, generator, images, seed):
     samples = sample_images(generator, 3 * COLUMNS, torch.Generator().manual_seed(seed))
     real = to_unit(images)
     plotting.save_rows(path, dict(sample=samples, nearest=real[metrics.nearest(samples, real)]))
+
+
+def draw_walk(path, generator, seed):
+    """Draw equal steps from one noise vector to another, along an arc, so that each step is normal noise again."""
+    noise = torch.Generator().manual_seed(seed)
+    start, end = torch.randn(2, NUM_WALKS, 1, noise_size(generator), generator=noise)
+    angle = torch.linspace(0, math.pi / 2, WALK_STEPS)[:, None]
+    z = angle.cos() * start + angle.sin() * end  # (walks, steps, dim_z)
+    plotting.save_images(path, decode(generator, z.flatten(0, 1)), WALK_STEPS)
 
 
 def draw_ablation(path, folders, load_model):

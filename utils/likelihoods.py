@@ -62,6 +62,21 @@ def plane_log_likelihood(model, x, spacing=0.04, half_width=5.0):
     return total + 2 * math.log(spacing)
 
 
+@torch.no_grad()
+def plane_posteriors(model, x, low=(-4.0, -4.0), high=(4.0, 4.0), side=160):
+    """Return a grid z (side^2, 2) of a part of the latent plane, and log p(z|x) and log q(z|x) there, (N, side^2) each.
+
+    Both are normalised over the grid. For targets x in [0, 1], (N, ...), the sum of q (log q - log p) is KL(q || p), the
+    gap between the ELBO and log p(x).
+    """
+    images = x.flatten(1).to(next(model.parameters()))
+    z = torch.cartesian_prod(*(torch.linspace(*ends, side).to(images) for ends in zip(low, high)))
+    logits = _logits(model, z)
+    log_joint = torch.addmm(_log_prior(z) - F.softplus(logits).sum(1), images, logits.T)
+    log_q = _log_normal(z, *(each[:, None] for each in model.encode(images)))
+    return z, log_joint.log_softmax(1), log_q.log_softmax(1)
+
+
 def _logits(model, z):
     """Return the logits of the Bernoulli means of p(x|z), from the means themselves if that is all that `model` has."""
     return model.decode_logits(z) if hasattr(model, "decode_logits") else model.decode(z).logit(eps=1e-7)

@@ -1,5 +1,6 @@
 """Figures and final metrics of step 3."""
 
+import math
 from functools import partial
 
 import torch
@@ -9,7 +10,7 @@ from models.VAE import loss_terms
 from utils import figures, files, machine, metrics, plotting
 from utils.data import binarize, to_unit
 from utils.figures import COLUMNS, NUM_SAMPLES
-from utils.likelihoods import importance_bounds, plane_log_likelihood
+from utils.likelihoods import importance_bounds, plane_log_likelihood, plane_posteriors
 from utils.metrics import CHUNK, NUM_DRAWS
 from utils.prior import draw_codes
 
@@ -17,6 +18,7 @@ PLANE_SIDE = 15
 SNAPSHOT_SIDE = 10  # of the latent plane that is kept after an epoch, for training.gif
 WALK_FROM, WALK_TO = (1, 7), (0, 6)  # digits
 WALK_STEPS = 12
+NUM_POSTERIORS = 500  # test images among which posterior.png shows the one with the largest gap
 # Means over images and draws.
 FORMULAS = dict(
     negative_elbo="-log p(x|z) + KL(q(z|x) || p(z)), one z for each image and draw",
@@ -118,6 +120,8 @@ def draw_figures(run, model, images, labels, prior=None):
     pairs = dict(original=to_unit(images[few]), reconstruction=decode_images(model, means[few]))
     run.draw("reconstructions.png", plotting.save_rows, pairs)
     run.draw("walk.png", draw_walk, model, images, labels, means)
+    if model.z_size == 2:
+        run.draw("posterior.png", draw_posterior, model, images[:NUM_POSTERIORS])
     if run.snapshots:
         run.draw("training.gif", figures.save_training_gif, run.snapshots, SNAPSHOT_SIDE)
     title = "posterior means of the test digits"
@@ -146,6 +150,21 @@ def draw_walk(path, model, images, labels, means):
     pixels = walk(to_unit(images).flatten(1)).reshape(-1, *IMAGE_SHAPE)
     kinds = {"latent space": decode_images(model, walk(means)), "pixels": pixels}
     plotting.save_rows(path, kinds, WALK_STEPS)
+
+
+def draw_posterior(path, model, images):
+    """Draw the image whose ELBO is furthest below log p(x), its true posterior p(z|x) and its q(z|x)."""
+    x = binarize(images, "stochastic", torch.Generator().manual_seed(0))
+    z, log_p, log_q = plane_posteriors(model, x)
+    gaps = (log_q.exp() * (log_q - log_p)).sum(1)
+    worst = gaps.argmax()
+    likely = z[torch.maximum(log_p[worst], log_q[worst]) > math.log(1e-4)]  # where one of them has some mass
+    low, high = likely.amin(0) - 0.05, likely.amax(0) + 0.05
+    z, (log_p,), (log_q,) = plane_posteriors(model, x[worst, None], low.tolist(), high.tolist())
+    peaks = decode_images(model, torch.stack([z[log_q.argmax()], z[log_p.argmax()]]))
+    shown = {"image": x[worst], "at the mean of q": peaks[0], "at the peak of p": peaks[1]}
+    title = f"$p(z|x)$ blue, $q(z|x)$ orange; gap {gaps[worst]:.0f} nats, median {gaps.median():.1f}"
+    plotting.save_posterior(path, shown, z, log_p.exp(), log_q.exp(), title)
 
 
 def typical(means, labels, digit):

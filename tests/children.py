@@ -85,7 +85,7 @@ def judge_nothing(run, *_):
     return torch.zeros(10, 1, 28, 28), results
 
 
-def log_a_weight(run, generator):
+def log_a_weight(run, generator, *_):
     """Add a row to quality.csv in place of `utils.gan_results.log_quality`."""
     run.log("quality", epoch=run.epochs_done, weight=next(generator.parameters()).flatten()[0].item())
 

@@ -61,7 +61,7 @@ def test_a_type_makes_a_flag(hint, default, words, value, bad):
         assert options == {"num_layers": expected} and type(options["num_layers"]) is type(expected)
     for wrong in bad:
         with pytest.raises(ValueError, match="num_layers takes"):
-            option.check(wrong)
+            option.collect(wrong)
 
 
 @pytest.mark.skipif(sys.version_info < (3, 10), reason="such a union is Python 3.10's")

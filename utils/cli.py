@@ -15,7 +15,7 @@ and perhaps
 """
 
 import argparse
-import hashlib
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -26,13 +26,12 @@ from utils.files import ROOT, UserError
 from utils.options import ArgumentParser, folder, nearest, number, read_options
 from utils.run import Run
 
-MAX_FOLDER_NAME = 100  # characters
 MAX_COUNT = 5000
 DRY_RUN_EPOCHS = 2
 
 
 def make_parser(step, specs):
-    """Return the parser of a step, and the defaults of the flags that only this step has."""
+    """Return the parser of a step, and the names of the flags that only this step has."""
     parser = ArgumentParser(prog=Path(step.__file__).name, description=step.__doc__)
     add_run_flags(parser.add_argument_group("run"))
     group, own = parser.add_argument_group("options"), parser.add_argument_group("this step")
@@ -42,7 +41,7 @@ def make_parser(step, specs):
         except argparse.ArgumentError:
             raise TypeError(f"the argument {each.name!r} needs another name: {each.flag} exists") from None
     getattr(step, "add_flags", lambda group: None)(own)
-    return parser, {each.dest: each.default for each in own._group_actions if each.dest != "conditional"}
+    return parser, [each.dest for each in own._group_actions if each.dest != "conditional"]
 
 
 def add_run_flags(group):
@@ -87,19 +86,14 @@ def choose_options(parser, args, specs, variants):
         for key in variants[name][1].keys() - specs:
             near = nearest(key, specs)
             parser.error(f"the variant {name!r} sets {key!r}, which does not exist: is it {near!r}?")
-    defaults = {name: each.default for name, each in specs.items()}
-    of_variant = variants[args.variant][1] if args.variant else {}
-    flags = {name: getattr(args, name) for name in specs if name in args}
-
-    preset = {**defaults, **of_variant}
-    preset, options = (
-        {name: specs[name].collect(each[name]) for name in specs} for each in (preset, {**preset, **flags})
-    )
-    for name, value in options.items():
-        try:
-            specs[name].check(value)
-        except ValueError as error:
-            parser.error(str(error))
+    preset = {name: each.default for name, each in specs.items()}
+    preset |= variants[args.variant][1] if args.variant else {}
+    options = {name: getattr(args, name, value) for name, value in preset.items()}
+    try:
+        for values in (preset, options):
+            values.update({name: specs[name].collect(value) for name, value in values.items()})
+    except ValueError as error:
+        parser.error(str(error))
     if args.dry_run:
         preset["num_epochs"] = options["num_epochs"] = min(options["num_epochs"], DRY_RUN_EPOCHS)
         args.minutes = None
@@ -125,25 +119,24 @@ def refuse_contradictions(parser, args, step):
 # Folders
 
 
-def differences(args, options, preset, own_defaults):
+def differences(parser, args, options, preset, own):
     """List how a run differs from the reported one, such as ["dropout=0.4", "seed=3"].
 
     Args:
         options, preset: options of this run and of the reported one.
-        own_defaults: the defaults of the flags that only this step has.
+        own: the names of the flags that only this step has.
     """
 
     def spell(value):
         if isinstance(value, (tuple, list)):
             return "-".join(map(spell, value))
-        if isinstance(value, float):
-            return f"{value:g}" if float(f"{value:g}") == value else repr(value)
         text = str(value).lower() if value is None or isinstance(value, bool) else str(value)
-        return text.replace("/", "_").replace(os.sep, "_")
+        return text.removesuffix(".0").replace("/", "_")
 
-    flags = {**own_defaults, "seed": 0, "minutes": None, "dataset": DATASETS[0], "count": None}
     changed = {name: value for name, value in options.items() if value != preset[name]}
-    changed |= {name: getattr(args, name) for name in flags if getattr(args, name) != flags[name]}
+    for name in (*own, "seed", "minutes", "dataset", "count"):
+        if getattr(args, name) != parser.get_default(name):
+            changed[name] = getattr(args, name)
     marks = [name for name in ("held_out", "dry_run", "sample_only") if getattr(args, name)]
     if "num_epochs" in changed:
         changed = {"epochs": changed.pop("num_epochs"), **changed}
@@ -156,12 +149,10 @@ def default_folder(step, variant, parts):
     Only the reported run, which has no differences (`parts`), writes into the committed folder. Any other run has a
     folder of its own below runs/, which git ignores.
     """
-    folder, name = ROOT / "results" / step, ",".join(parts)
+    folder = ROOT / "results" / step
     if variant:
         folder = folder / "variants" / variant
-    if len(name) > MAX_FOLDER_NAME:
-        name = name[: MAX_FOLDER_NAME - 9] + "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
-    return folder / "runs" / name if name else folder
+    return folder / "runs" / ",".join(parts) if parts else folder
 
 
 def folder_of_several(step, args, parts):
@@ -192,7 +183,7 @@ def main(step, argv=None):
 def run_command(step, argv):
     """Choose the options and the folder, then train, draw, or start several runs."""
     specs = read_options(step.train) | (read_options(step.NETWORK) if hasattr(step, "NETWORK") else {})
-    parser, own_defaults = make_parser(step, specs)
+    parser, own = make_parser(step, specs)
     args = parser.parse_args(argv)
     refuse_contradictions(parser, args, step)
     options, preset = choose_options(parser, args, specs, step.VARIANTS)
@@ -204,37 +195,31 @@ def run_command(step, argv):
     words = [each.replace(f"{ROOT}{os.sep}", "") for each in argv if each not in ("--resume", "--restart")]
     args.command = " ".join([parser.prog, *words])  # the same for a run that was interrupted
     name = step.CONDITIONAL_STEP if getattr(args, "conditional", False) else step.STEP
-    parts = differences(args, options, preset, own_defaults)
+    parts = differences(parser, args, options, preset, own)
     if args.ablation or args.seeds:
         return ablation.run_all(step, args.out_dir or folder_of_several(name, args, parts), args, argv)
-    run = Run(name, args, options, args.out_dir or default_folder(name, args.variant, parts))
-    try:
+    folder = args.out_dir or default_folder(name, args.variant, parts)
+    with contextlib.closing(Run(name, args, options, folder)) as run:
         if args.sample_only:
             # The seed, the number of images and the step's own flags choose what is drawn, not the network.
-            other = ("seed", "count", "sample_only", *own_defaults)
+            other = ("seed", "count", "sample_only", *own)
             trained = [part for part in parts if part.partition("=")[0] not in other]
-            draw(step, run, args.model or default_folder(name, args.variant, trained) / "model.pt")
+            path = args.model or default_folder(name, args.variant, trained) / "model.pt"
         else:
             epochs = options["num_epochs"], preset["num_epochs"]
             run.claim_folder([] if args.out_dir else shorter_runs(name, args.variant, parts, *epochs))
-            train(step, run)
-    finally:
-        run.close()
+        machine.say(f"results go to {folder}")
+        sets = load_data(args.data_dir, args.dataset, run.device, args.held_out)
+        if args.sample_only:
+            step.sample(run, path, sets[1])
+        else:
+            train(step, run, *sets)
+        run.require_written()
 
 
-def draw(step, run, path):
-    """Draw the figures of the network in model.pt."""
-    machine.say(f"results go to {run.folder}")
-    _, test_set = load_data(run.args.data_dir, run.args.dataset, run.device, run.args.held_out)
-    step.sample(run, path, test_set)
-    run.require_written()
-
-
-def train(step, run):
+def train(step, run, train_set, test_set):
     """Say what is to come, then train and evaluate."""
     args = run.args
-    machine.say(f"results go to {run.folder}")
-    train_set, test_set = load_data(args.data_dir, args.dataset, run.device, args.held_out)
     length = f"{args.minutes:g} min" if args.minutes else f"{run.options['num_epochs']} epochs"
     line = f"training for {length} on {machine.hardware(run.device)}"
     reported = default_folder(run.step, args.variant, []) / "metrics.json"
@@ -246,7 +231,6 @@ def train(step, run):
         machine.say(f"--count {args.count} changes the number of images in samples.png, not the training")
     metrics.say_what_is_left_out(args.dataset)
     step.train_and_evaluate(run, run.limit(*train_set), test_set)
-    run.require_written()
     if args.dry_run:
         machine.say("this was a dry run: its numbers mean nothing")
 

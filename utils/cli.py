@@ -20,7 +20,9 @@ import os
 import sys
 from pathlib import Path
 
-from utils import ablation, files, machine, metrics, parallel
+from torch.distributed import is_torchelastic_launched
+
+from utils import ablation, files, machine, metrics
 from utils.data import DATASETS, load_data
 from utils.files import ROOT, UserError
 from utils.options import ArgumentParser, folder, nearest, number, read_options
@@ -108,7 +110,8 @@ def refuse_contradictions(parser, args, step):
         "--model needs --sample-only: training begins from new weights": args.model and not args.sample_only,
         "--minutes is not allowed with --epochs": args.minutes and "num_epochs" in args,
         "--sample-only draws one run: leave out --ablation and --seeds": several and args.sample_only,
-        "this takes one process: start it with python, not with torchrun": parallel.launched() and alone,
+        "this takes one process: start it with python, not with torchrun": is_torchelastic_launched()
+        and alone,
     }
     for message, holds in contradictions.items():
         if holds:
@@ -214,7 +217,9 @@ def run_command(step, argv):
             step.sample(run, path, sets[1])
         else:
             train(step, run, *sets)
-        run.require_written()
+        if run.unwritten:
+            names = ", ".join(sorted(run.unwritten))
+            raise UserError(f"{names} could not be written: close what holds them, and repeat with --resume")
 
 
 def train(step, run, train_set, test_set):

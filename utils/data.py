@@ -1,7 +1,6 @@
 """Data sets in the format of MNIST, as tensors: loading, verification, and changes to the pixels."""
 
 import contextlib
-import errno
 import functools
 import gzip
 import hashlib
@@ -94,11 +93,7 @@ def _unpack(path, _size, _time):
 
 def _download(raw, dataset, name):
     """Download an archive and return its path. Several processes can do so together."""
-    source, archive, elsewhere = getattr(datasets, dataset), f"{name}.gz", "or name another --data-dir"
-    data_dir = raw.parent.parent.absolute()
-    for folder in (data_dir, data_dir / "raw"):
-        if folder.parts[-2:] == (dataset, "raw") and _find(folder, name):
-            raise UserError(f"the files are in {folder}: use --data-dir {folder.parent.parent}")
+    source, archive = getattr(datasets, dataset), f"{name}.gz"
     for mirror in source.mirrors:
         try:
             raw.mkdir(parents=True, exist_ok=True)
@@ -108,9 +103,8 @@ def _download(raw, dataset, name):
             return raw / archive
         except (OSError, RuntimeError, HTTPException) as error:
             reason = getattr(error, "strerror", None) or error
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-                raise UserError(f"{raw} has no room for {archive}: make some, {elsewhere}") from None
-    raise UserError(f"{raw} lacks {archive}, and the download failed ({reason}): put it there, {elsewhere}")
+    hint = "put it there, or name another --data-dir"
+    raise UserError(f"{raw} lacks {archive}, and the download failed ({reason}): {hint}")
 
 
 def to_unit(images):

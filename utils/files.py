@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import errno
 import io
 import json
 import math
@@ -13,11 +12,10 @@ from pathlib import Path
 
 import torch
 
-fcntl = msvcrt = None  # Windows has the second, other systems have the first
 try:
     import fcntl
-except ImportError:
-    import msvcrt
+except ImportError:  # Windows, where folders are not locked
+    fcntl = None
 
 ROOT = Path(__file__).resolve().parent.parent
 # Last parts of the names of buffers. A file and a network need not have the same ones.
@@ -85,37 +83,29 @@ def read_json(path, hint="train anew"):
         raise UserError(f"{path} cannot be read ({error}): {hint}") from None
 
 
-def cell(value):
-    """Write a value as the cell of a CSV file. None leaves it empty; floats have six significant digits."""
-    return f"{value:.6g}" if isinstance(value, float) else "" if value is None else str(value)
-
-
-def read_cell(text):
-    """Read a cell: a number as a float, an empty cell as None."""
-    try:
-        return float(text) if text else None
-    except ValueError:
-        return text
-
-
-def csv_text(rows, with_header=True):
-    """Write dicts as lines of CSV."""
+def csv_text(rows):
+    """Write dicts as lines of CSV, below their header. None leaves a cell empty; floats have six digits."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    if with_header:
-        writer.writerow(rows[0])
-    writer.writerows(map(cell, row.values()) for row in rows)
+    writer.writerow(rows[0])
+    for row in rows:
+        writer.writerow(f"{value:.6g}" if isinstance(value, float) else value for value in row.values())
     return text.getvalue()
 
 
-def read_rows(lines):
-    """Read lines of CSV as dicts."""
-    return [{key: read_cell(text) for key, text in row.items()} for row in csv.DictReader(lines)]
+def read_rows(text):
+    """Read CSV as dicts, with numbers as floats and empty cells as None."""
+    rows = [*csv.DictReader(text.splitlines())]
+    for row in rows:
+        for name, cell in row.items():
+            with contextlib.suppress(ValueError):  # other text stays as it is
+                row[name] = float(cell) if cell else None
+    return rows
 
 
 def read_csv(path):
     """Read a CSV file as dicts."""
-    return read_rows(path.read_text().splitlines())
+    return read_rows(path.read_text())
 
 
 def metric(value, unit, formula, **more):
@@ -138,14 +128,12 @@ def lock(folder):
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        elif msvcrt:
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    except OSError as error:
-        # Other errors come from file systems without locks, such as some network drives.
-        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-            file.close()
-            hint = "wait for it, or name another --out-dir"
-            raise UserError(f"another run writes into {folder}: {hint}") from None
+    except BlockingIOError:
+        file.close()
+        hint = "wait for it, or name another --out-dir"
+        raise UserError(f"another run writes into {folder}: {hint}") from None
+    except OSError:  # a file system without locks, such as some network drives
+        pass
     return file
 
 
@@ -165,10 +153,9 @@ def load_tensors(path, steps, kind):
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch.load does not compare the check sums
         content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"there is no {kind} at {path}: train first") from None
     except OSError as error:
-        raise UserError(f"the {kind} {path} cannot be read: {error.strerror or error}") from None
+        reason = error.strerror or error
+        raise UserError(f"there is no {kind} to read at {path} ({reason}): train first") from None
     except Exception as error:  # a damaged file raises whatever it leads zipfile, pickle and torch to
         if lacks_memory(error):
             raise
@@ -206,23 +193,22 @@ def load_state(module, state, path, hint):
     """
     if not all_finite(state):
         raise UserError(f"{path} holds numbers that are not finite: {hint}")
-    missing = unexpected = ()
+    misfits = []
     try:
         if isinstance(module, torch.nn.Module):
             missing, unexpected = module.load_state_dict(state, strict=False)
+            for what, names in (("missing", missing), ("unexpected", unexpected)):
+                misfits += [f"{what} {name}" for name in names if name.rpartition(".")[2] not in BUFFERS]
         else:
             module.load_state_dict(state)
     except (RuntimeError, ValueError, KeyError) as error:
         if lacks_memory(error):
             raise
-        raise UserError(f"{path} does not fit ({str(error).splitlines()[-1].strip()}): {hint}") from None
-    others = [
-        [name for name in names if name.rpartition(".")[2] not in BUFFERS] for names in (missing, unexpected)
-    ]
-    if any(others):
+        misfits = [str(error).splitlines()[-1].strip()]
+    if misfits:
         where = sys.modules[type(module).__module__].__file__
-        names = "missing {}, unexpected {}".format(*(each[0] if each else "nothing" for each in others))
-        raise UserError(f"{path} does not fit the network in {where} ({names}): {hint}")
+        reason = ", ".join(misfits[:2])
+        raise UserError(f"{path} does not fit {type(module).__name__} in {where} ({reason}): {hint}")
 
 
 def options_of(path):

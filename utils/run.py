@@ -58,13 +58,7 @@ class Run:
         self._content = self._signal = None
         self._num_epochs = options["num_epochs"]
         self._of_all = "" if args.minutes else f"/{self._num_epochs}"
-        flags = (
-            "seed",
-            "minutes",
-            "dry_run",
-            "held_out",
-            "dataset",
-        )  # with the options, what --resume compares
+        flags = ("seed", "minutes", "dry_run", "held_out", "dataset")  # compared by --resume
         self._identity = {**options, **{name: getattr(args, name) for name in flags}}
         torch.manual_seed(args.seed + 1_000_003 * parallel.rank())  # processes draw noise of their own
 

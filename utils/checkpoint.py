@@ -18,21 +18,10 @@ KEPT = "the checkpoint before it is kept; lower the learning rate or choose anot
 
 
 class Table:
-    """A CSV file that grows by rows: its columns in memory, its length on disk, and the text not yet written.
+    """The lines of a CSV file, and its columns as they are read from the lines, so that a resumed run has the same."""
 
-    The columns hold what the file holds, so that a resumed run goes on with the same numbers. What lies beyond the
-    length is cut: it was written after the checkpoint. A file shorter than that raises UserError.
-    """
-
-    def __init__(self, path, state=(0, ""), source=None):
-        """Begin a file, or go on from the `state` in a checkpoint, length and unwritten text, and its file."""
-        self.path, (self.length, self.pending), self.columns = path, state, {}
-        written = source.read_bytes()[: self.length] if self.length and source.exists() else b""
-        if len(written) < self.length:
-            raise UserError(f"{source} is shorter than it was at the checkpoint: begin anew with --restart")
-        text = written.decode() + self.pending
-        if source != path:  # a new file, or that of a shorter run: everything is still to be written
-            self.length, self.pending = 0, text
+    def __init__(self, text=""):
+        self.lines, self.columns, self._num_written = text.splitlines(), {}, 0
         self._keep(text)
 
     def _keep(self, text):
@@ -43,14 +32,18 @@ class Table:
     def add(self, row):
         """Add a row, a dict; None leaves a cell empty."""
         text = files.csv_text([row])
-        self.pending += text.partition("\n")[2] if self.columns else text
+        self.lines += text.splitlines()[1:] if self.lines else text.splitlines()
         self._keep(text)
 
-    def write(self):
-        """Append the rows to the file."""
-        if self.pending:
-            self.length = files.append(self.path, self.length, self.pending)
-            self.pending = ""
+    @property
+    def text(self):
+        return "".join(f"{line}\n" for line in self.lines)
+
+    def write(self, path):
+        """Write the file if there are new rows."""
+        if self._num_written < len(self.lines):
+            files.write_atomically(path, self.text.encode())
+            self._num_written = len(self.lines)
 
 
 def add_losses(sums, losses, num_images):
@@ -74,14 +67,14 @@ def pop_means(sums):
 
 
 def find(step, folders):
-    """Return the checkpoint of the first of the folders that has one, and that folder."""
+    """Return the checkpoint of the first of the folders that has one, and its path."""
     path = next((path for each in folders if (path := each / "checkpoint.pt").is_file()), None)
     if path is None:
         raise UserError(f"there is no checkpoint at {folders[0] / 'checkpoint.pt'}: train without --resume")
     content = files.load_tensors(path, (step,), "checkpoint")
     if content.get("version") != VERSION:
         raise UserError(f"{path} is of another version: begin anew with --restart")
-    return content, path.parent
+    return content, path
 
 
 def require_free(folder, step, args):

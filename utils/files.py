@@ -47,26 +47,13 @@ def write_atomically(path, content):
     try:
         with _writing(path):
             with open(temporary, "wb") as file:
-                _write_through(file, content)
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):  # renamed, or never made
             temporary.unlink()
-
-
-def append(path, length, text):
-    """Write text behind the first `length` bytes of a file and cut what follows; return the new length in bytes."""
-    with _writing(path), open(path, "r+b" if length else "wb") as file:
-        file.truncate(length)
-        file.seek(length)
-        _write_through(file, text.encode())
-        return file.tell()
-
-
-def _write_through(file, content):
-    file.write(content)
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def write_json(path, content):

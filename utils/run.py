@@ -3,12 +3,12 @@
 What is written when:
     at the start                                        config.json, checkpoint.pt
     after the last batch of an epoch, or after a signal checkpoint.pt
-    before each checkpoint, after each evaluation       rows of the CSV files
+    before each checkpoint, after each evaluation       the CSV files
     at the end                                          model.pt, figures, metrics.json, the finished checkpoint.pt
 
---resume cuts each CSV file to the length that checkpoint.pt names and repeats what came after the checkpoint: an
-evaluation that was interrupted and, after kill -9, the batches of the epoch. A checkpoint of other options, another
-seed or another data set is refused. More epochs are allowed, but not with a schedule.
+checkpoint.pt has the rows of the CSV files, too. --resume goes on from it and repeats what came after it: an evaluation
+that was interrupted and, after kill -9, the batches of the epoch. A checkpoint of other options, another seed or
+another data set is refused. More epochs are allowed, but not with a schedule.
 """
 
 import contextlib
@@ -104,7 +104,7 @@ class Run:
         """Draw the figure `name` with `function(path, ...)`, and print its name first, so that no wait is silent."""
         files.make_folder(self.folder)
         machine.say(f"drawing {name}")
-        self._attempt(name, lambda: function(self.folder / name, *arguments, **options))
+        self._attempt(name, function, *arguments, **options)
 
     def finish(self, headline=(), **metrics):
         """Write metrics.json, and print the metrics that `headline` names beside those of the step's reported run."""
@@ -221,16 +221,16 @@ class Run:
     def log(self, table="losses", **row):
         """Add a row to a table. All its rows have the same columns; None leaves a cell empty."""
         require_finite(row, f"in the row of epoch {row.get('epoch')} of {table}.csv")
-        self._tables.setdefault(table, Table(self.folder / f"{table}.csv")).add(row)
+        self._tables.setdefault(table, Table()).add(row)
 
     def _write_tables(self):
         for name, table in self._tables.items() if parallel.is_first() else ():
             self._attempt(f"{name}.csv", table.write)
 
-    def _attempt(self, name, write):
-        """Call `write()`; if it fails, warn once and go on, because only the checkpoint is worth stopping for."""
+    def _attempt(self, name, write, *arguments, **options):
+        """Call `write(path, ...)`; if it fails, warn once and go on: only the checkpoint is worth stopping for."""
         try:
-            write()
+            write(self.folder / name, *arguments, **options)
             self.unwritten.discard(name)
         except UserError as error:
             if name not in self.unwritten:
@@ -265,24 +265,23 @@ class Run:
             random=machine.random_states(self.device),
             modules=modules,
             losses=(self._of_epoch, self._of_row),
-            tables={name: (table.length, table.pending) for name, table in self._tables.items()},
+            tables={name: table.text for name, table in self._tables.items()},
         )
         if parallel.is_first():
             files.save_tensors(self.folder / "checkpoint.pt", content)
 
     def _restore(self, content):
-        checkpoint.restore(self._modules, content, self._identity, self._source / "checkpoint.pt")
+        checkpoint.restore(self._modules, content, self._identity, self._source)
         self._epoch, self._batch, self._num_batches, self._evaluated, self.images_seen = content["position"]
         self.iteration = self._epoch * self._num_batches + self._batch
         self._clock.before, self._batch_clock.before = content["seconds"]
         self.snapshots = content["snapshots"]
         self._of_epoch, self._of_row = content["losses"]
-        if not parallel.is_first():  # noise of its own, which no earlier part of the training has had
+        self._tables = {name: Table(text) for name, text in content["tables"].items()}
+        if parallel.is_first():
+            machine.set_random_states(content["random"], self.device)
+        else:  # noise of its own, which no earlier part of the training has had
             torch.manual_seed(self.args.seed + 1_000_003 * parallel.rank() + self.images_seen)
-            return
-        machine.set_random_states(content["random"], self.device)
-        for name, state in content["tables"].items():
-            self._tables[name] = Table(self.folder / f"{name}.csv", state, self._source / f"{name}.csv")
 
     def _on_signal(self, number, _):
         in_batches = self._batch_clock.is_running

@@ -1,12 +1,10 @@
 """Data sets in the format of MNIST, as tensors: loading, verification, and changes to the pixels."""
 
-import contextlib
 import functools
 import gzip
 import hashlib
 import os
 import tempfile
-import zlib
 from http.client import HTTPException
 from pathlib import Path
 
@@ -21,18 +19,13 @@ from utils.files import UserError
 DATASETS = ("MNIST", "FashionMNIST", "KMNIST")  # torchvision's classes
 NUM_HELD_OUT = 10_000  # training images that stand in for the test images while settings are chosen
 
-# MD5 sums of the unpacked files, so a repacked archive is accepted. Of KMNIST we know the archives' sums alone.
+# MD5 sums of the archives, by torchvision.
 KNOWN_FILES = {
-    "6bbc9ace898e44ae57da46a324031adb": "MNIST/train-images-idx3-ubyte",
-    "a25bea736e30d166cdddb491f175f624": "MNIST/train-labels-idx1-ubyte",
-    "2646ac647ad5339dbf082846283269ea": "MNIST/t10k-images-idx3-ubyte",
-    "27ae3e4e09519cfbb04c329615203637": "MNIST/t10k-labels-idx1-ubyte",
-    "f4a8712d7a061bf5bd6d2ca38dc4d50a": "FashionMNIST/train-images-idx3-ubyte",
-    "9018921c3c673c538a1fc5bad174d6f9": "FashionMNIST/train-labels-idx1-ubyte",
-    "8181f5470baa50b63fa0f6fddb340f0a": "FashionMNIST/t10k-images-idx3-ubyte",
-    "15d484375f8d13e6eb1aabb0c3f46965": "FashionMNIST/t10k-labels-idx1-ubyte",
-    **{md5: f"KMNIST/{archive[:-3]}" for archive, md5 in datasets.KMNIST.resources},
+    md5: f"{dataset}/{archive}"
+    for dataset in DATASETS
+    for archive, md5 in getattr(datasets, dataset).resources
 }
+_decompress = functools.lru_cache(maxsize=4)(gzip.decompress)  # metrics read the data again
 
 
 def load_data(data_dir, dataset="MNIST", device="cpu", held_out=False):
@@ -47,8 +40,8 @@ def load_data(data_dir, dataset="MNIST", device="cpu", held_out=False):
     raw = Path(data_dir) / dataset / "raw"
 
     def load(split):
-        images = _read(raw, dataset, f"{split}-images-idx3-ubyte").unsqueeze(1)
-        labels = _read(raw, dataset, f"{split}-labels-idx1-ubyte").long()
+        images = _read(raw, dataset, f"{split}-images-idx3-ubyte.gz").unsqueeze(1)
+        labels = _read(raw, dataset, f"{split}-labels-idx1-ubyte.gz").long()
         return images.to(device), labels.to(device)
 
     (images, labels), test_set = load("train"), load("t10k")
@@ -58,49 +51,35 @@ def load_data(data_dir, dataset="MNIST", device="cpu", held_out=False):
     return (images, labels), test_set
 
 
-def _read(raw, dataset, name):
-    """Verify a file and return its values as a new tensor."""
-    path = _find(raw, name) or _download(raw, dataset, name)
-    hint = f"put the original {name}.gz into {raw}, or choose another --dataset or --data-dir"
+def _read(raw, dataset, archive):
+    """Verify an archive, which is downloaded if it is missing, and return its values as a new tensor."""
+    path = raw / archive
+    if not path.is_file():
+        _download(raw, dataset, archive)
+    hint = f"put the original {archive} into {raw}, or choose another --dataset or --data-dir"
     try:
-        content, found = _unpack(path, path.stat().st_size, path.stat().st_mtime_ns)
+        packed = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): {hint}") from None
-    if found != f"{dataset}/{name}":
-        raise UserError(f"{path} is not {dataset}/{name} but {found}: {hint}")
+    found = KNOWN_FILES.get(hashlib.md5(packed, usedforsecurity=False).hexdigest(), "damaged or unknown")
+    if found != f"{dataset}/{archive}":
+        raise UserError(f"{path} is not {dataset}/{archive} but {found}: {hint}")
+    content = _decompress(packed)
     dimensions = content[3]  # after two zeros and 8, which stands for uint8; their sizes follow
     sizes = np.frombuffer(content, ">u4", dimensions, offset=4)
     return torch.tensor(np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(sizes))
 
 
-def _find(raw, name):
-    """Return the path of an archive, else of a plain file, else of one in a folder of that name, else None."""
-    names = [each + suffix for suffix in (".gz", "") for each in (name, name.replace("-idx", ".idx"))]
-    paths = (raw / folder / each for folder in ("", *names) for each in names)
-    return next(filter(os.path.isfile, paths), None)
-
-
-@functools.lru_cache(maxsize=4)  # the files of a data set; a new size or time makes it read again
-def _unpack(path, _size, _time):
-    """Return a file's content without compression, and which of KNOWN_FILES it is."""
-    packed = content = path.read_bytes()
-    if packed.startswith(b"\x1f\x8b"):  # some browsers unpack an archive and keep its name
-        with contextlib.suppress(EOFError, zlib.error, gzip.BadGzipFile):  # the sums tell the damage
-            content = gzip.decompress(packed)
-    sums = [hashlib.md5(form, usedforsecurity=False).hexdigest() for form in (content, packed)]
-    return content, next((KNOWN_FILES[md5] for md5 in sums if md5 in KNOWN_FILES), "damaged or unknown")
-
-
-def _download(raw, dataset, name):
-    """Download an archive and return its path. Several processes can do so together."""
-    source, archive = getattr(datasets, dataset), f"{name}.gz"
+def _download(raw, dataset, archive):
+    """Download an archive. Several processes can do so together."""
+    source = getattr(datasets, dataset)
     for mirror in source.mirrors:
         try:
             raw.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".download-", dir=raw) as folder:
                 download_url(mirror + archive, folder, md5=dict(source.resources)[archive])
                 os.replace(Path(folder) / archive, raw / archive)
-            return raw / archive
+            return
         except (OSError, RuntimeError, HTTPException) as error:
             reason = getattr(error, "strerror", None) or error
     hint = "put it there, or name another --data-dir"

@@ -165,7 +165,7 @@ def test_unreadable_file_a_file_as_folder_and_unknown_data_set(put, monkeypatch,
     with pytest.raises(UserError, match="'mnist'.*MNIST, FashionMNIST, KMNIST"):
         load_data(tmp_path, "mnist")
     monkeypatch.setattr(Path, "read_bytes", lambda path: tmp_path.read_text())
-    refused(raw, f"{raw / NAMES[0]}.gz cannot be read (Is a directory)")
+    refused(raw, f"{raw / NAMES[0]} cannot be read (Is a directory)")
 
 
 def test_ranges_and_binarisation():

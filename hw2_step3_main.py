@@ -38,7 +38,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from models.common import NUM_PIXELS
 from models.VAE import VAE_model, loss_terms
 from utils import cli, data, files, machine, prior, vae_results
-from utils.options import Fraction, defaults, number
+from utils.options import Fraction, number, read_options
 from utils.vae_results import evaluate
 
 STEP = "step3_vae"
@@ -189,7 +189,7 @@ def sample(run, path, test_set):
 
 
 def draw_ablation(folder, folders):
-    vae_results.draw_ablation(folder, folders, VARIANTS, defaults(train)["kl_coeff"], load_model)
+    vae_results.draw_ablation(folder, folders, VARIANTS, read_options(train)["kl_coeff"].default, load_model)
 
 
 def add_flags(group):

@@ -62,10 +62,6 @@ def pop_means(sums):
     return means
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The folder
-
-
 def find(step, folders):
     """Return the checkpoint of the first of the folders that has one, and its path."""
     path = next((path for each in folders if (path := each / "checkpoint.pt").is_file()), None)
@@ -117,10 +113,6 @@ def describe(run):
         "hyperparameters": run.options,
         "versions": {"python": platform.python_version(), **packages},
     }
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The checkpoint
 
 
 def restore(modules, content, identity, path):

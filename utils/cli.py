@@ -75,10 +75,9 @@ def add_run_flags(group):
 
 
 def choose_options(parser, args, specs, variants):
-    """Choose the options of the run: defaults, changed by the variant, changed by the flags.
+    """Return the options of the run, which are defaults, changed by the variant, changed by the flags.
 
-    Returns:
-        The options, and the same without the flags.
+    Also return the options without the flags.
     """
     if args.variant is not None and args.variant not in variants:
         near = nearest(args.variant, variants or ["none"])
@@ -105,29 +104,21 @@ def choose_options(parser, args, specs, variants):
 def refuse_contradictions(parser, args, step):
     """End with one line if flags do not fit together."""
     several = args.ablation or args.seeds
+    if args.model and not args.sample_only:
+        parser.error("--model needs --sample-only: training begins from new weights")
+    if args.minutes and "num_epochs" in args:
+        parser.error("--minutes is not allowed with --epochs")
+    if several and args.sample_only:
+        parser.error("--sample-only draws one run: leave out --ablation and --seeds")
     alone = several or args.minutes or args.sample_only or not hasattr(step, "SEVERAL_PROCESSES")
-    contradictions = {
-        "--model needs --sample-only: training begins from new weights": args.model and not args.sample_only,
-        "--minutes is not allowed with --epochs": args.minutes and "num_epochs" in args,
-        "--sample-only draws one run: leave out --ablation and --seeds": several and args.sample_only,
-        "this takes one process: start it with python, not with torchrun": is_torchelastic_launched()
-        and alone,
-    }
-    for message, holds in contradictions.items():
-        if holds:
-            parser.error(message)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Folders
+    if alone and is_torchelastic_launched():
+        parser.error("this takes one process: start it with python, not with torchrun")
 
 
 def differences(parser, args, options, preset, own):
     """List how a run differs from the reported one, such as ["dropout=0.4", "seed=3"].
 
-    Args:
-        options, preset: options of this run and of the reported one.
-        own: the names of the flags that only this step has.
+    The reported run has the options `preset`. `own` are the names of the flags that only this step has.
     """
 
     def spell(value):
@@ -137,7 +128,7 @@ def differences(parser, args, options, preset, own):
         return text.removesuffix(".0").replace("/", "_")
 
     changed = {name: value for name, value in options.items() if value != preset[name]}
-    for name in (*own, "seed", "minutes", "dataset", "count"):
+    for name in (*own, "seed", "minutes", "dataset", "count", "seeds"):
         if getattr(args, name) != parser.get_default(name):
             changed[name] = getattr(args, name)
     marks = [name for name in ("held_out", "dry_run", "sample_only") if getattr(args, name)]
@@ -158,24 +149,11 @@ def default_folder(step, variant, parts):
     return folder / "runs" / ",".join(parts) if parts else folder
 
 
-def folder_of_several(step, args, parts):
-    """Return the folder of --ablation or --seeds. Variants that are asked for one by one share a folder."""
-    seeds = [f"seeds={args.seeds}"] if args.seeds else []
-    if not args.ablation:
-        return default_folder(step, args.variant, [*parts, *seeds])
-    parts = [*(part for part in parts if part != "held_out"), *seeds]
-    return default_folder(step, None, ["ablation", *parts] if parts or args.variant else [])
-
-
 def shorter_runs(step, variant, parts, num_epochs, usual):
     """Return the folders of the runs that differ from this one in fewer epochs alone; `usual` is the default."""
     others = [part for part in parts if not part.startswith("epochs=")]
     counts = reversed(range(1, num_epochs))
     return [default_folder(step, variant, [*[f"epochs={n}"] * (n != usual), *others]) for n in counts]
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The main of all steps
 
 
 def main(step, argv=None):
@@ -199,9 +177,12 @@ def run_command(step, argv):
     args.command = " ".join([parser.prog, *words])  # the same for a run that was interrupted
     name = step.CONDITIONAL_STEP if getattr(args, "conditional", False) else step.STEP
     parts = differences(parser, args, options, preset, own)
+    if args.ablation:  # its variants share a folder
+        parts = [each for each in parts if each != "held_out"]
+        parts = ["ablation", *parts] if parts or args.variant else []
+    folder = args.out_dir or default_folder(name, None if args.ablation else args.variant, parts)
     if args.ablation or args.seeds:
-        return ablation.run_all(step, args.out_dir or folder_of_several(name, args, parts), args, argv)
-    folder = args.out_dir or default_folder(name, args.variant, parts)
+        return ablation.run_all(step, folder, args, argv)
     with contextlib.closing(Run(name, args, options, folder)) as run:
         if args.sample_only:
             # The seed, the number of images and the step's own flags choose what is drawn, not the network.
@@ -232,8 +213,6 @@ def train(step, run, train_set, test_set):
         took = files.read_json(reported)["wall_time"]
         line += f"; the reported run took {took['value'] / 60:.0f} min on {took['hardware']}"
     machine.say(line)
-    if args.count:
-        machine.say(f"--count {args.count} changes the number of images in samples.png, not the training")
     metrics.say_what_is_left_out(args.dataset)
     step.train_and_evaluate(run, run.limit(*train_set), test_set)
     if args.dry_run:

@@ -135,11 +135,6 @@ def read_options(function):
     }
 
 
-def defaults(function):
-    """Return the default of every option of the function, by name."""
-    return {name: each.default for name, each in read_options(function).items()}
-
-
 def takes(function, name):
     """Tell whether a function or class has an argument of this name, or takes any."""
     parameters = inspect.signature(function).parameters

@@ -124,15 +124,19 @@ def train_all(commands, device):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = cores if machine.find_device(device).type == "cpu" else 1
     waiting, running, failures = [*commands], {}, []
-    threads = {"OMP_NUM_THREADS": "1"} if min(workers, len(commands)) > 1 else {}
+    settings = dict(preexec_fn=end_with_parent if sys.platform == "linux" else None)
+    if min(workers, len(commands)) > 1:
+        settings["env"] = {**os.environ, "OMP_NUM_THREADS": "1"}
     bar = tqdm(total=len(commands), desc="runs", disable=None)
     with machine.catch_signals(stop), bar:
         try:
             while waiting or running:
                 while waiting and len(running) < workers:
                     name, words = waiting.pop(0)
-                    errors = tempfile.TemporaryFile()
-                    running[start(words, {**os.environ, **threads}, errors)] = name, errors
+                    streams = dict(stdout=subprocess.DEVNULL, stderr=tempfile.TemporaryFile())
+                    # In a session of its own, a signal of the terminal reaches it through this process alone.
+                    process = subprocess.Popen(words, start_new_session=True, **streams, **settings)
+                    running[process] = name, streams["stderr"]
                 time.sleep(0.1)
                 for process in [each for each in running if each.poll() is not None]:
                     failures += report(process, *running.pop(process))
@@ -148,13 +152,6 @@ def train_all(commands, device):
 
 def stop(number, _):
     raise machine.Stopped(number, "the same command goes on")
-
-
-def start(words, environment, errors):
-    """Start a run in a session of its own: a signal of the terminal reaches it through this process alone."""
-    end = end_with_parent if sys.platform == "linux" else None
-    more = dict(env=environment, stderr=errors, preexec_fn=end)
-    return subprocess.Popen(words, stdout=subprocess.DEVNULL, start_new_session=True, **more)
 
 
 def end_with_parent():

@@ -1,4 +1,4 @@
-"""The files that a training run keeps up: its tables, its checkpoint, and whose folder it is."""
+"""The folder of a training run: its checkpoint, and whether a new run may write there. Also sums of losses."""
 
 import math
 import platform
@@ -15,35 +15,6 @@ from utils.files import UserError
 
 VERSION = 5  # of the layout of checkpoint.pt
 KEPT = "the checkpoint before it is kept; lower the learning rate or choose another --seed"
-
-
-class Table:
-    """The lines of a CSV file, and its columns as they are read from the lines, so that a resumed run has the same."""
-
-    def __init__(self, text=""):
-        self.lines, self.columns, self._num_written = text.splitlines(), {}, 0
-        self._keep(text)
-
-    def _keep(self, text):
-        for row in files.read_rows(text):
-            for name, value in row.items():
-                self.columns.setdefault(name, []).append(value)
-
-    def add(self, row):
-        """Add a row, a dict; None leaves a cell empty."""
-        text = files.csv_text([row])
-        self.lines += text.splitlines()[1:] if self.lines else text.splitlines()
-        self._keep(text)
-
-    @property
-    def text(self):
-        return "".join(f"{line}\n" for line in self.lines)
-
-    def write(self, path):
-        """Write the file if there are new rows."""
-        if self._num_written < len(self.lines):
-            files.write_atomically(path, self.text.encode())
-            self._num_written = len(self.lines)
 
 
 def add_losses(sums, losses, num_images):
@@ -141,16 +112,8 @@ def require_finite(values, where):
             raise UserError(f"{name} became {value} {where}: {KEPT}")
 
 
-def states(modules, where):
-    """Return the states of networks, optimisers and schedules by name; raise UserError if a number is not finite."""
-    found = {name: each.state_dict() for name, each in modules.items()}
-    if not files.all_finite(found):
-        raise UserError(f"{where} gave numbers that are not finite: {KEPT}")
-    return found
-
-
 def headline(names, metrics, run):
-    """Yield a line for each named metric, with its value in the step's reported run where they compare."""
+    """Yield what a run prints at its end: its named metrics, beside those of the reported run where they compare."""
     path = files.ROOT / "results" / run.step / "metrics.json"
     reported = files.read_json(path) if path.exists() and run.args.dataset == DATASETS[0] else {}
     for name in filter(metrics.get, names):
@@ -159,3 +122,5 @@ def headline(names, metrics, run):
         comparable = all(theirs.get(key) == ours.get(key) for key in ("unit", "binarization", "pixels"))
         beside = f"reported {theirs['value']:.4g}; " if comparable else ""
         yield f"{name.replace('_', ' ')}: {ours['value']:.4g} ({beside}{ours['unit']})"
+    if run.epochs_done < 1 and not run.args.dry_run:
+        yield f"the model is hardly trained: it saw {run.images_seen} images, less than an epoch"

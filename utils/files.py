@@ -80,9 +80,14 @@ def csv_text(rows):
     return text.getvalue()
 
 
-def read_rows(text):
-    """Read CSV as dicts, with numbers as floats and empty cells as None."""
-    rows = [*csv.DictReader(text.splitlines())]
+def read_csv(path):
+    """Read a CSV file as dicts."""
+    return read_rows(path.read_text().splitlines())
+
+
+def read_rows(lines):
+    """Read lines of CSV as dicts, with numbers as floats and empty cells as None."""
+    rows = [*csv.DictReader(lines)]
     for row in rows:
         for name, cell in row.items():
             with contextlib.suppress(ValueError):  # other text stays as it is
@@ -90,9 +95,10 @@ def read_rows(text):
     return rows
 
 
-def read_csv(path):
-    """Read a CSV file as dicts."""
-    return read_rows(path.read_text())
+def read_columns(lines):
+    """Read lines of CSV as lists by the name of the column."""
+    rows = read_rows(lines)
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def metric(value, unit, formula, **more):
@@ -117,8 +123,7 @@ def lock(folder):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        hint = "wait for it, or name another --out-dir"
-        raise UserError(f"another run writes into {folder}: {hint}") from None
+        raise UserError(f"another run writes into {folder}: wait for it, or name another --out-dir") from None
     except OSError:  # a file system without locks, such as some network drives
         pass
     return file

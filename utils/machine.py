@@ -105,21 +105,17 @@ class Clock:
     """Seconds that pass in its `with` blocks, and those `before`."""
 
     def __init__(self):
-        self.before, self._started = 0.0, None
+        self.before, self.started = 0.0, None  # not started while it stands
 
     @property
     def seconds(self):
-        return self.before + (time.perf_counter() - self._started if self.is_running else 0)
-
-    @property
-    def is_running(self):
-        return self._started is not None
+        return self.before + (0 if self.started is None else time.perf_counter() - self.started)
 
     def __enter__(self):
-        self._started = time.perf_counter()
+        self.started = time.perf_counter()
 
     def __exit__(self, *_):
-        self.before, self._started = self.seconds, None
+        self.before, self.started = self.seconds, None
 
 
 class Stopped(KeyboardInterrupt):

@@ -3,12 +3,11 @@
 What is written when:
     at the start                                        config.json, checkpoint.pt
     after the last batch of an epoch, or after a signal checkpoint.pt
-    before each checkpoint, after each evaluation       the CSV files
+    after each evaluation                               the CSV files
     at the end                                          model.pt, figures, metrics.json, the finished checkpoint.pt
 
 checkpoint.pt has the rows of the CSV files, too. --resume goes on from it and repeats what came after it: an evaluation
-that was interrupted and, after kill -9, the batches of the epoch. A checkpoint of other options, another seed or
-another data set is refused. More epochs are allowed, but not with a schedule.
+that was interrupted and, after kill -9, the batches of the epoch.
 """
 
 import contextlib
@@ -19,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from utils import checkpoint, files, machine, parallel
-from utils.checkpoint import Table, add_losses, pop_means, require_finite
+from utils.checkpoint import KEPT, add_losses, pop_means, require_finite
 from utils.data import shuffled_batches
 from utils.files import UserError
 from utils.options import read_options
@@ -49,7 +48,7 @@ class Run:
         self.snapshots, self.unwritten = {}, set()
         # Position: whole epochs, batches of the epoch under way, and whether they have been evaluated.
         self._epoch, self._batch, self._num_batches, self._evaluated = 0, 0, 1, True
-        self._tables, self._of_epoch, self._of_row = {}, {}, {}  # the last two are sums of losses
+        self._lines, self._of_epoch, self._of_row = {}, {}, {}  # of tables by name; sums of losses
         self._clock = machine.Clock()
         self._batch_clock = machine.Clock()  # stands in evaluations; --minutes counts it
         self._modules = {}
@@ -113,9 +112,8 @@ class Run:
         speed, what = self.images_seen / seconds, "images seen / wall time"
         metrics["speed"] = files.metric(speed, "training images per second", what)
         lines = [*checkpoint.headline(headline, metrics, self)]  # before the reported metrics may be replaced
-        if self.epochs_done < 1 and not self.args.dry_run:
-            lines += [f"the model is hardly trained: it saw {self.images_seen} images, less than an epoch"]
         files.write_json(self.folder / "metrics.json", metrics)
+        self._write_tables()
         self._save(finished=True)
         machine.say("\n".join([*lines, f"results in {self.folder}"]))
 
@@ -183,10 +181,9 @@ class Run:
             self._stop_if_asked()
 
     def record(self, **losses):
-        """Take the mean losses of the batch under way into the means of the epoch, and into batches.csv.
+        """Take the mean losses of the batch under way, scalar tensors, into the means of the epoch and batches.csv.
 
-        They are scalar tensors; None stands for a loss that this batch does not have. If one is not finite, the run
-        ends with a UserError and keeps its last checkpoint.
+        None stands for a loss that this batch does not have. One that is not finite ends the run.
         """
         add_losses(self._of_row, self._take(losses), self._batch_images)
         if self.iteration % math.ceil(self._num_epochs * self._num_batches / BATCH_ROWS) == 0:
@@ -215,17 +212,19 @@ class Run:
 
     @property
     def tables(self):
-        """The columns of each table by its name; NAME is written to NAME.csv."""
-        return {name: table.columns for name, table in self._tables.items()}
+        """The columns of each table by its name, as NAME.csv has them, so that a resumed run has the same."""
+        return {name: files.read_columns(lines) for name, lines in self._lines.items()}
 
     def log(self, table="losses", **row):
         """Add a row to a table. All its rows have the same columns; None leaves a cell empty."""
         require_finite(row, f"in the row of epoch {row.get('epoch')} of {table}.csv")
-        self._tables.setdefault(table, Table()).add(row)
+        header, line = files.csv_text([row]).splitlines()
+        self._lines.setdefault(table, [header]).append(line)
 
     def _write_tables(self):
-        for name, table in self._tables.items() if parallel.is_first() else ():
-            self._attempt(f"{name}.csv", table.write)
+        for name, lines in self._lines.items() if parallel.is_first() else ():
+            text = "".join(f"{line}\n" for line in lines)
+            self._attempt(f"{name}.csv", files.write_atomically, text.encode())
 
     def _attempt(self, name, write, *arguments, **options):
         """Call `write(path, ...)`; if it fails, warn once and go on: only the checkpoint is worth stopping for."""
@@ -252,8 +251,11 @@ class Run:
         machine.say("  ".join([title, *shown, *words]))
 
     def _save(self, finished=False):
-        modules = checkpoint.states(self._modules, f"the last update of epoch {self._epoch + 1}")
-        self._write_tables()
+        modules = {name: each.state_dict() for name, each in self._modules.items()}
+        if not files.all_finite(modules):
+            raise UserError(
+                f"the last update of epoch {self._epoch + 1} gave numbers that are not finite: {KEPT}"
+            )
         content = dict(
             step=self.step,
             version=checkpoint.VERSION,
@@ -265,7 +267,7 @@ class Run:
             random=machine.random_states(self.device),
             modules=modules,
             losses=(self._of_epoch, self._of_row),
-            tables={name: table.text for name, table in self._tables.items()},
+            lines=self._lines,
         )
         if parallel.is_first():
             files.save_tensors(self.folder / "checkpoint.pt", content)
@@ -277,14 +279,14 @@ class Run:
         self._clock.before, self._batch_clock.before = content["seconds"]
         self.snapshots = content["snapshots"]
         self._of_epoch, self._of_row = content["losses"]
-        self._tables = {name: Table(text) for name, text in content["tables"].items()}
+        self._lines = content["lines"]
         if parallel.is_first():
             machine.set_random_states(content["random"], self.device)
         else:  # noise of its own, which no earlier part of the training has had
             torch.manual_seed(self.args.seed + 1_000_003 * parallel.rank() + self.images_seen)
 
     def _on_signal(self, number, _):
-        in_batches = self._batch_clock.is_running
+        in_batches = self._batch_clock.started is not None
         if self._signal or not in_batches:
             what = "the batches since the last checkpoint" if in_batches else "this evaluation"
             raise machine.Stopped(number, f"--resume goes on and repeats {what}")

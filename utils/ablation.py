@@ -62,11 +62,8 @@ def run_all(step, folder, args, argv):
     An ablation is there to choose by, so it is evaluated on held-out training images. Each run is a process of its
     own: on the CPU as many at once as there are cores, with one thread each, and one at a time on a GPU. Finished
     runs are kept and interrupted ones go on, unless --restart is given. A run that fails does not stop the others.
-
-    Args:
-        step: module of the step.
-        folder: the runs go into ablation/ or seeds/ below it, the table into ablation.csv or seeds.csv beside that.
-        args, argv: the command line, parsed and as a list.
+    The runs go into ablation/ or seeds/ below the folder, and the table into ablation.csv or seeds.csv beside that.
+    `args` and `argv` are the command line, parsed and as a list.
     """
     settings = {**NO_SETTINGS, **getattr(step, "ABLATION", {})}
     top = folder / ("ablation" if args.ablation else "seeds")

@@ -17,19 +17,16 @@ VERSION = 5  # of the layout of checkpoint.pt
 KEPT = "the checkpoint before it is kept; lower the learning rate or choose another --seed"
 
 
-def add_losses(sums, losses, num_images):
-    """Add the losses of a batch to their sums, a dict of (sum over images, images) by name; None adds nothing."""
-    for name, value in losses.items():
-        total, images = sums.get(name, (0.0, 0))
-        if value is not None:
-            total, images = total + value * num_images, images + num_images
-        sums[name] = total, images
+def means_of(batches):
+    """Return the mean of each loss over the images of the batches, pairs of (losses by name, number of images).
 
-
-def pop_means(sums):
-    """Return the mean losses by name, None for a loss that no batch had, and start new sums."""
-    means = {name: total / images if images else None for name, (total, images) in sums.items()}
-    sums.clear()
+    A loss of None is left out; the mean is None if no batch has the loss.
+    """
+    means = {}
+    for name in dict.fromkeys(name for losses, _ in batches for name in losses):
+        known = [(losses[name], images) for losses, images in batches if losses.get(name) is not None]
+        total = sum(value * images for value, images in known)
+        means[name] = total / sum(images for _, images in known) if known else None
     return means
 
 
@@ -89,8 +86,7 @@ def describe(run):
 def restore(modules, content, identity, path):
     """Load the states of a checkpoint into networks, optimisers and schedules, by name.
 
-    Raises UserError unless it belongs to a run of the same `identity`. More epochs are allowed, but not with a
-    schedule, whose learning rates depend on their number.
+    Raises UserError unless it belongs to a run of the same `identity`. Without a schedule, more epochs are allowed.
     """
     theirs, hint = content["identity"], "resume with the same flags, or begin anew with --restart"
     if any(isinstance(each, LRScheduler) for each in modules.values()):

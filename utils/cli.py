@@ -116,10 +116,7 @@ def refuse_contradictions(parser, args, step):
 
 
 def differences(parser, args, options, preset, own):
-    """List how a run differs from the reported one, such as ["dropout=0.4", "seed=3"].
-
-    The reported run has the options `preset`. `own` are the names of the flags that only this step has.
-    """
+    """List how a run differs from the reported one, with the options `preset`, such as ["dropout=0.4", "seed=3"]."""
 
     def spell(value):
         if isinstance(value, (tuple, list)):
@@ -138,11 +135,7 @@ def differences(parser, args, options, preset, own):
 
 
 def default_folder(step, variant, parts):
-    """Return where a run writes without --out-dir.
-
-    Only the reported run, which has no differences (`parts`), writes into the committed folder. Any other run has a
-    folder of its own below runs/, which git ignores.
-    """
+    """Return where a run writes without --out-dir: below runs/, which git ignores, if it differs in some `parts`."""
     folder = ROOT / "results" / step
     if variant:
         folder = folder / "variants" / variant
@@ -220,10 +213,9 @@ def train(step, run, train_set, test_set):
 
 
 def exit_code(work, name):
-    """Call `work()` and return the exit code of the process.
+    """Call `work()` and return the exit code: 0, 2 if a flag, a file or the machine is at fault, 128 + a signal.
 
-    It is 0, or 2 where a flag, a file or the machine is at fault, or 128 + the number of a signal. Other exceptions
-    are mistakes in code and keep their traceback.
+    Other exceptions are mistakes in code and keep their traceback.
     """
     machine.open_streams()
     machine.keep_freed_memory()

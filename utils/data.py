@@ -20,11 +20,7 @@ DATASETS = ("MNIST", "FashionMNIST", "KMNIST")  # torchvision's classes
 NUM_HELD_OUT = 10_000  # training images that stand in for the test images while settings are chosen
 
 # MD5 sums of the archives, by torchvision.
-KNOWN_FILES = {
-    md5: f"{dataset}/{archive}"
-    for dataset in DATASETS
-    for archive, md5 in getattr(datasets, dataset).resources
-}
+KNOWN_FILES = {md5: f"{name}/{file}" for name in DATASETS for file, md5 in getattr(datasets, name).resources}
 _decompress = functools.lru_cache(maxsize=4)(gzip.decompress)  # metrics read the data again
 
 
@@ -35,8 +31,6 @@ def load_data(data_dir, dataset="MNIST", device="cpu", held_out=False):
     (10000, 1, 28, 28). Labels are int64, (60000,) and (10000,). With `held_out`, the last 10,000 training
     images take the place of the test images, to choose settings by.
     """
-    if dataset not in DATASETS:
-        raise UserError(f"there is no data set {dataset!r}: --dataset is one of {', '.join(DATASETS)}")
     raw = Path(data_dir) / dataset / "raw"
 
     def load(split):

@@ -6,7 +6,6 @@ import io
 import json
 import math
 import os
-import sys
 import zipfile
 from pathlib import Path
 
@@ -64,8 +63,7 @@ def write_json(path, content):
 def read_json(path, hint="train anew"):
     """Read a JSON object as a dict; raise UserError, which ends in the hint, if there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return {**content}
+        return {**json.loads(path.read_text(encoding="utf-8"))}
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}): {hint}") from None
 
@@ -198,9 +196,8 @@ def load_state(module, state, path, hint):
             raise
         misfits = [str(error).splitlines()[-1].strip()]
     if misfits:
-        where = sys.modules[type(module).__module__].__file__
-        reason = ", ".join(misfits[:2])
-        raise UserError(f"{path} does not fit {type(module).__name__} in {where} ({reason}): {hint}")
+        whose, reason = f"{type(module).__module__}.{type(module).__name__}", ", ".join(misfits[:2])
+        raise UserError(f"{path} does not fit {whose} ({reason}): {hint}")
 
 
 def options_of(path):

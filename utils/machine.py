@@ -33,11 +33,10 @@ def has_bfloat16_units(device):
     """Tell whether the hardware multiplies in bfloat16: GPUs since Ampere, CPUs with AMX or AVX512-BF16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    limited = torch.backends.cpu.get_cpu_capability() == "AVX2"  # perhaps by ATEN_CPU_CAPABILITY
-    if device.type != "cpu" or limited:
-        return False
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch cannot tell
-    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
+    # Older versions of torch cannot tell. ATEN_CPU_CAPABILITY may say that the units are not to be used.
+    found = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    limited = torch.backends.cpu.get_cpu_capability() == "AVX2"
+    return not limited and (found.get("amx_bf16", False) or found.get("avx512_bf16", False))
 
 
 def autocast(device, precision):
@@ -105,7 +104,7 @@ class Clock:
     """Seconds that pass in its `with` blocks, and those `before`."""
 
     def __init__(self):
-        self.before, self.started = 0.0, None  # not started while it stands
+        self.before, self.started = 0.0, None  # None while it stands
 
     @property
     def seconds(self):

@@ -63,10 +63,8 @@ def wrap(network):
     """Return the network with gradients averaged over the processes, which begin with the weights of the first."""
     if not distributed.is_initialized():
         return network
-    # The strides of a 1 x 1 kernel have no meaning, but torch compares them.
-    warnings.filterwarnings("ignore", "Grad strides do not match")
-    # Older versions of torch have no other argument.
-    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
+    # The strides of a 1 x 1 kernel have no meaning, but torch compares them. Its older versions have no other argument.
+    warnings.filterwarnings("ignore", "Grad strides do not match|`broadcast_buffers` is deprecated")
     return DistributedDataParallel(network, broadcast_buffers=False)
 
 

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from utils import checkpoint, files, machine, parallel
-from utils.checkpoint import KEPT, add_losses, pop_means, require_finite
+from utils.checkpoint import KEPT, means_of, require_finite
 from utils.data import shuffled_batches
 from utils.files import UserError
 from utils.options import read_options
@@ -48,9 +48,8 @@ class Run:
         self.snapshots, self.unwritten = {}, set()
         # Position: whole epochs, batches of the epoch under way, and whether they have been evaluated.
         self._epoch, self._batch, self._num_batches, self._evaluated = 0, 0, 1, True
-        self._lines, self._of_epoch, self._of_row = {}, {}, {}  # of tables by name; sums of losses
-        self._clock = machine.Clock()
-        self._batch_clock = machine.Clock()  # stands in evaluations; --minutes counts it
+        self._lines, self._of_epoch, self._of_row = {}, [], []  # of tables by name; losses of batches
+        self._clock, self._batch_clock = machine.Clock(), machine.Clock()  # the second stands in evaluations
         self._modules = {}
         self._open = contextlib.ExitStack()  # the lock on the folder, and the handling of signals
         self.close = self._open.close
@@ -85,7 +84,6 @@ class Run:
         self._modules = modules
         if self._content:
             self._restore(self._content)
-            self._content = None
             machine.say(f"resuming after {self.epochs_done} epochs")
         self._open.enter_context(machine.catch_signals(self._on_signal))
         self._open.enter_context(self._clock)
@@ -185,7 +183,7 @@ class Run:
 
         None stands for a loss that this batch does not have. One that is not finite ends the run.
         """
-        add_losses(self._of_row, self._take(losses), self._batch_images)
+        self._of_row.append((self._take(losses), self._batch_images))
         if self.iteration % math.ceil(self._num_epochs * self._num_batches / BATCH_ROWS) == 0:
             self._log_batches()
 
@@ -199,16 +197,18 @@ class Run:
         numbers = parallel.mean(torch.stack([*given.values()])).tolist() if given else []
         values = {**losses, **dict(zip(given, numbers))}
         require_finite(values, f"in epoch {self._epoch + 1}, batch {self._batch + 1}")
-        add_losses(self._of_epoch, values, self._batch_images)
+        self._of_epoch.append((values, self._batch_images))
         self._bar.set_postfix({name: f"{values[name]:.3f}" for name in given}, refresh=False)
         return values
 
     def _log_batches(self):
-        self.log("batches", iteration=self.iteration, epoch=self._epoch + 1, **pop_means(self._of_row))
+        self.log("batches", iteration=self.iteration, epoch=self._epoch + 1, **means_of(self._of_row))
+        self._of_row = []
 
     def pop_means(self):
         """Return the means of the recorded losses over the images of the epoch, and start new ones."""
-        return {name: mean for name, mean in pop_means(self._of_epoch).items() if mean is not None}
+        batches, self._of_epoch = self._of_epoch, []
+        return {name: mean for name, mean in means_of(batches).items() if mean is not None}
 
     @property
     def tables(self):
@@ -223,8 +223,7 @@ class Run:
 
     def _write_tables(self):
         for name, lines in self._lines.items() if parallel.is_first() else ():
-            text = "".join(f"{line}\n" for line in lines)
-            self._attempt(f"{name}.csv", files.write_atomically, text.encode())
+            self._attempt(f"{name}.csv", files.write_atomically, "\n".join([*lines, ""]).encode())
 
     def _attempt(self, name, write, *arguments, **options):
         """Call `write(path, ...)`; if it fails, warn once and go on: only the checkpoint is worth stopping for."""

@@ -14,7 +14,6 @@ and perhaps
     SEVERAL_PROCESSES    true if torchrun may start it
 """
 
-import argparse
 import contextlib
 import os
 import sys
@@ -28,7 +27,6 @@ from utils.files import ROOT, UserError
 from utils.options import ArgumentParser, folder, nearest, number, read_options
 from utils.run import Run
 
-MAX_COUNT = 5000
 DRY_RUN_EPOCHS = 2
 
 
@@ -38,10 +36,7 @@ def make_parser(step, specs):
     add_run_flags(parser.add_argument_group("run"))
     group, own = parser.add_argument_group("options"), parser.add_argument_group("this step")
     for each in specs.values():
-        try:
-            each.add_to(group)
-        except argparse.ArgumentError:
-            raise TypeError(f"the argument {each.name!r} needs another name: {each.flag} exists") from None
+        each.add_to(group)
     getattr(step, "add_flags", lambda group: None)(own)
     return parser, [each.dest for each in own._group_actions if each.dest != "conditional"]
 
@@ -52,10 +47,10 @@ def add_run_flags(group):
     minutes = "train for so long instead of a number of epochs; evaluations, figures and metrics come on top"
     add("--minutes", type=number(1e-9, float), metavar="M", help=minutes)
     add("--seed", type=number(0), default=0, metavar="N", help="seed of all random numbers (0)")
-    devices = ["auto", "cpu", "cuda", "mps"]
-    add("--device", choices=devices, default="auto", help="auto is cuda where there is one, else cpu")
-    names = ", ".join(DATASETS)
-    add("--dataset", choices=DATASETS, default=DATASETS[0], metavar="NAME", help=f"one of {names}")
+    what = "auto is cuda where there is one, else cpu"
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help=what)
+    what = "one of " + ", ".join(DATASETS)
+    add("--dataset", choices=DATASETS, default=DATASETS[0], metavar="NAME", help=what)
     add("--data-dir", type=folder, default=ROOT / "data", metavar="DIR", help="folder of the data (data/)")
     add("--out-dir", type=folder, metavar="DIR", help="folder for the results, made if missing")
     add("--dry-run", action="store_true", help="train on a few batches and write every file, to look around")
@@ -64,12 +59,12 @@ def add_run_flags(group):
     begin("--restart", action="store_true", help="begin anew over what is in the folder")
     add("--sample-only", action="store_true", help="draw the figures of a trained model, without training")
     add("--model", type=folder, metavar="PATH", help="model.pt to draw from, with --sample-only")
-    count = number(1, most=MAX_COUNT)
-    add("--count", type=count, metavar="N", help=f"number of images in the sample grid, up to {MAX_COUNT}")
+    what = "number of images in the sample grid, up to 5000"
+    add("--count", type=number(1, most=5000), metavar="N", help=what)
     add("--variant", metavar="NAME", help="train a named variant")
     add("--list-variants", action="store_true", help="list the variants and why they are there, and stop")
-    compare = "compare the default with the variants, or with --variant; a table"
-    add("--ablation", action="store_true", help=compare)
+    what = "compare the default with the variants, or with --variant; a table"
+    add("--ablation", action="store_true", help=what)
     add("--seeds", type=number(1), metavar="N", help="train with N seeds from --seed on; make a table")
     add("--held-out", action="store_true", help="evaluate on the last 10,000 training images, to choose by")
 

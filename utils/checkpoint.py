@@ -68,16 +68,12 @@ def describe(run):
     return {
         "step": run.step,
         "variant": args.variant or "default",
-        "dry_run": args.dry_run,
+        **{name: getattr(args, name) for name in ("dry_run", "dataset", "seed", "minutes", "command")},
         "evaluated_on": "last 10,000 training images" if args.held_out else "test images",
-        "dataset": args.dataset,
-        "seed": args.seed,
-        "minutes": args.minutes,
         "processes": parallel.num_processes(),
         "device": str(run.device),
         "hardware": machine.hardware(run.device),
         "bfloat16_units": machine.has_bfloat16_units(run.device),
-        "command": args.command,
         "hyperparameters": run.options,
         "versions": {"python": platform.python_version(), **packages},
     }

@@ -88,8 +88,10 @@ def read_rows(lines):
     rows = [*csv.DictReader(lines)]
     for row in rows:
         for name, cell in row.items():
-            with contextlib.suppress(ValueError):  # other text stays as it is
+            try:
                 row[name] = float(cell) if cell else None
+            except ValueError:  # a word
+                pass
     return rows
 
 

@@ -266,7 +266,7 @@ class Run:
             random=machine.random_states(self.device),
             modules=modules,
             losses=(self._of_epoch, self._of_row),
-            lines=self._lines,
+            tables={name: "\n".join(lines) for name, lines in self._lines.items()},
         )
         if parallel.is_first():
             files.save_tensors(self.folder / "checkpoint.pt", content)
@@ -278,7 +278,7 @@ class Run:
         self._clock.before, self._batch_clock.before = content["seconds"]
         self.snapshots = content["snapshots"]
         self._of_epoch, self._of_row = content["losses"]
-        self._lines = content["lines"]
+        self._lines = {name: text.splitlines() for name, text in content["tables"].items()}
         if parallel.is_first():
             machine.set_random_states(content["random"], self.device)
         else:  # noise of its own, which no earlier part of the training has had

@@ -178,11 +178,7 @@ def keep_flags(folder, flags):
 
 
 def write_table(path, folders):
-    """Write and print the table of runs; `folders` has the folders of the seeds by the name of the variant.
-
-    Its columns are the variant, the number of seeds, then mean and standard deviation over the seeds of each metric
-    that the first run has.
-    """
+    """Write and print the mean and standard deviation of each metric over the seeds, whose `folders` a variant has."""
     results = [[files.read_json(each / "metrics.json") for each in of_seeds] for of_seeds in folders.values()]
     rows = [{"variant": name, "seeds": len(of_seeds)} for name, of_seeds in folders.items()]
     for key in results[0][0]:

@@ -74,8 +74,7 @@ def seeded(device, seed=0):
 def keep_freed_memory():
     """Make glibc keep freed memory for the next tensors.
 
-    Otherwise the system clears the pages of large blocks again and again. On two cores a training step of
-    step 2 then takes up to twice as long.
+    Otherwise the system clears large blocks again and again, and a step of step 2 takes up to twice as long.
     """
     trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # malloc.h
     with contextlib.suppress(OSError, TypeError, AttributeError):  # another C library
@@ -143,10 +142,9 @@ def catch_signals(handler):
 
 
 def open_streams():
-    """Make the standard streams such that `say` never fails.
+    """Open standard streams that are closed, as a service's are, so that no other file takes their numbers.
 
-    Those that are closed, as those of a service, are opened, so that no other file takes their numbers. Letters that
-    an encoding lacks are printed as escapes.
+    Letters that an encoding lacks are printed as escapes.
     """
     while (number := os.open(os.devnull, os.O_RDWR)) < 3:
         pass

@@ -78,9 +78,9 @@ def test_a_dry_run_with_a_textbook_version_writes_every_file(
 
 @pytest.mark.parametrize("name", ["gan", "vae"])
 def test_a_model_of_ours_does_not_fit_another_network(name, call_step, trained, monkeypatch, tmp_path):
-    """One line says which file, and which module has the network."""
+    """One line says which file, and which class in which module."""
     replace(monkeypatch, "Generator", textbook.Generator)
     replace(monkeypatch, "VAE_model", lambda *sizes, **more: textbook.VAE_model(*sizes, **more).decoder)
     flags = ["--sample-only", "--model", trained[name] / "model.pt", "--out-dir", tmp_path]
     done = call_step(STEPS[name], *flags)
-    assert done.returncode == 2 and "does not fit the network in" in done.stderr, done.stderr
+    assert done.returncode == 2 and " does not fit the " in done.stderr, done.stderr

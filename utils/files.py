@@ -198,8 +198,8 @@ def load_state(module, state, path, hint):
             raise
         misfits = [str(error).splitlines()[-1].strip()]
     if misfits:
-        whose, reason = f"{type(module).__module__}.{type(module).__name__}", ", ".join(misfits[:2])
-        raise UserError(f"{path} does not fit {whose} ({reason}): {hint}")
+        whose, reason = f"{type(module).__name__} in {type(module).__module__}", ", ".join(misfits[:2])
+        raise UserError(f"{path} does not fit the {whose} ({reason}): {hint}")
 
 
 def options_of(path):

@@ -71,15 +71,13 @@ def run_all(step, folder, args, argv):
     asked = [name for name in names if name not in settings["left_out"]]
     if args.variant:
         asked = [name for name in names if name in (None, args.variant)]
-
-    def plan(name):
-        """Return the runs of a variant, one for each seed."""
+    of_default, of_variant = settings["num_seeds"]
+    planned = {}  # of each name a list, a run for each seed
+    for name in names:
         below = ("variants", name) if name and args.ablation else ()
-        of_default, of_variant = settings["num_seeds"]
         seeds = range(args.seed, args.seed + (args.seeds or (of_variant if name else of_default)))
-        return [Planned(step, name, seed, top.joinpath(f"seed_{seed}", *below)) for seed in seeds]
+        planned[name] = [Planned(step, name, seed, top.joinpath(f"seed_{seed}", *below)) for seed in seeds]
 
-    planned = {name: plan(name) for name in names}
     files.make_folder(top)
     with files.lock(top):
         flags, length = common_flags(step, settings, args, argv)

@@ -149,7 +149,7 @@ def ignore_hang_up():
 
 
 def keep_open(name):
-    """Let no file of this name be replaced or opened for writing, as if a spreadsheet held it on Windows."""
+    """Let no file of this name be replaced, as if a spreadsheet held it on Windows."""
     replace = os.replace
 
     def replacing(source, target):
@@ -157,12 +157,7 @@ def keep_open(name):
             raise PermissionError(13, "Permission denied")
         replace(source, target)
 
-    def opening(path, mode="r", **more):
-        if path.name == name and mode in ("wb", "r+b"):
-            raise PermissionError(13, "Permission denied")
-        return open(path, mode, **more)
-
-    os.replace, files.open = replacing, opening
+    os.replace = replacing
 
 
 def before_write(name, number, action):
@@ -170,7 +165,7 @@ def before_write(name, number, action):
     seen = []
 
     def opening(path, mode="r", **more):
-        if mode not in ("wb", "r+b") or path.name.removesuffix(".tmp") != name:
+        if mode != "wb" or path.name.removesuffix(".tmp") != name:
             return open(path, mode, **more)
         file = _File(path, mode)
         seen.append(None)

@@ -92,7 +92,7 @@ def stop_and_resume(start, whole, name, folder, *hooks, after=None, number=signa
 
 @pytest.mark.parametrize("name, number, stage", [("vae", 3, "half"), ("gan", 4, "opened")])
 def test_killed_while_the_checkpoint_is_written(name, number, stage, start, whole, tmp_path):
-    """With "opened" the rows are in the CSV files and the checkpoint does not know of them."""
+    """With "opened" the CSV files have rows that the checkpoint does not know of."""
     aimed = partial(children.kill_in_write, number, stage)
     assert stop_and_resume(start, whole, name, tmp_path, aimed) == (True, True)
 

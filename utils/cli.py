@@ -14,35 +14,31 @@ and perhaps
     SEVERAL_PROCESSES    true if torchrun may start it
 """
 
-import argparse
-import hashlib
+import contextlib
 import os
 import sys
 from pathlib import Path
 
-from utils import ablation, files, machine, metrics, parallel
+from torch.distributed import is_torchelastic_launched
+
+from utils import ablation, files, machine, metrics
 from utils.data import DATASETS, load_data
 from utils.files import ROOT, UserError
 from utils.options import ArgumentParser, folder, nearest, number, read_options
 from utils.run import Run
 
-MAX_FOLDER_NAME = 100  # characters
-MAX_COUNT = 5000
 DRY_RUN_EPOCHS = 2
 
 
 def make_parser(step, specs):
-    """Return the parser of a step, and the defaults of the flags that only this step has."""
+    """Return the parser of a step, and the names of the flags that only this step has."""
     parser = ArgumentParser(prog=Path(step.__file__).name, description=step.__doc__)
     add_run_flags(parser.add_argument_group("run"))
     group, own = parser.add_argument_group("options"), parser.add_argument_group("this step")
     for each in specs.values():
-        try:
-            each.add_to(group)
-        except argparse.ArgumentError:
-            raise TypeError(f"the argument {each.name!r} needs another name: {each.flag} exists") from None
+        each.add_to(group)
     getattr(step, "add_flags", lambda group: None)(own)
-    return parser, {each.dest: each.default for each in own._group_actions if each.dest != "conditional"}
+    return parser, [each.dest for each in own._group_actions if each.dest != "conditional"]
 
 
 def add_run_flags(group):
@@ -51,10 +47,10 @@ def add_run_flags(group):
     minutes = "train for so long instead of a number of epochs; evaluations, figures and metrics come on top"
     add("--minutes", type=number(1e-9, float), metavar="M", help=minutes)
     add("--seed", type=number(0), default=0, metavar="N", help="seed of all random numbers (0)")
-    devices = ["auto", "cpu", "cuda", "mps"]
-    add("--device", choices=devices, default="auto", help="auto is cuda where there is one, else cpu")
-    names = ", ".join(DATASETS)
-    add("--dataset", choices=DATASETS, default=DATASETS[0], metavar="NAME", help=f"one of {names}")
+    what = "auto is cuda where there is one, else cpu"
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help=what)
+    what = "one of " + ", ".join(DATASETS)
+    add("--dataset", choices=DATASETS, default=DATASETS[0], metavar="NAME", help=what)
     add("--data-dir", type=folder, default=ROOT / "data", metavar="DIR", help="folder of the data (data/)")
     add("--out-dir", type=folder, metavar="DIR", help="folder for the results, made if missing")
     add("--dry-run", action="store_true", help="train on a few batches and write every file, to look around")
@@ -63,21 +59,20 @@ def add_run_flags(group):
     begin("--restart", action="store_true", help="begin anew over what is in the folder")
     add("--sample-only", action="store_true", help="draw the figures of a trained model, without training")
     add("--model", type=folder, metavar="PATH", help="model.pt to draw from, with --sample-only")
-    count = number(1, most=MAX_COUNT)
-    add("--count", type=count, metavar="N", help=f"number of images in the sample grid, up to {MAX_COUNT}")
+    what = "number of images in the sample grid, up to 5000"
+    add("--count", type=number(1, most=5000), metavar="N", help=what)
     add("--variant", metavar="NAME", help="train a named variant")
     add("--list-variants", action="store_true", help="list the variants and why they are there, and stop")
-    compare = "compare the default with the variants, or with --variant; a table"
-    add("--ablation", action="store_true", help=compare)
+    what = "compare the default with the variants, or with --variant; a table"
+    add("--ablation", action="store_true", help=what)
     add("--seeds", type=number(1), metavar="N", help="train with N seeds from --seed on; make a table")
     add("--held-out", action="store_true", help="evaluate on the last 10,000 training images, to choose by")
 
 
 def choose_options(parser, args, specs, variants):
-    """Choose the options of the run: defaults, changed by the variant, changed by the flags.
+    """Return the options of the run, which are defaults, changed by the variant, changed by the flags.
 
-    Returns:
-        The options, and the same without the flags.
+    Also return the options without the flags.
     """
     if args.variant is not None and args.variant not in variants:
         near = nearest(args.variant, variants or ["none"])
@@ -87,19 +82,14 @@ def choose_options(parser, args, specs, variants):
         for key in variants[name][1].keys() - specs:
             near = nearest(key, specs)
             parser.error(f"the variant {name!r} sets {key!r}, which does not exist: is it {near!r}?")
-    defaults = {name: each.default for name, each in specs.items()}
-    of_variant = variants[args.variant][1] if args.variant else {}
-    flags = {name: getattr(args, name) for name in specs if name in args}
-
-    preset = {**defaults, **of_variant}
-    preset, options = (
-        {name: specs[name].collect(each[name]) for name in specs} for each in (preset, {**preset, **flags})
-    )
-    for name, value in options.items():
-        try:
-            specs[name].check(value)
-        except ValueError as error:
-            parser.error(str(error))
+    preset = {name: each.default for name, each in specs.items()}
+    preset |= variants[args.variant][1] if args.variant else {}
+    options = {name: getattr(args, name, value) for name, value in preset.items()}
+    try:
+        for values in (preset, options):
+            values.update({name: specs[name].collect(value) for name, value in values.items()})
+    except ValueError as error:
+        parser.error(str(error))
     if args.dry_run:
         preset["num_epochs"] = options["num_epochs"] = min(options["num_epochs"], DRY_RUN_EPOCHS)
         args.minutes = None
@@ -109,41 +99,32 @@ def choose_options(parser, args, specs, variants):
 def refuse_contradictions(parser, args, step):
     """End with one line if flags do not fit together."""
     several = args.ablation or args.seeds
+    if args.model and not args.sample_only:
+        parser.error("--model needs --sample-only: training begins from new weights")
+    if args.minutes and "num_epochs" in args:
+        parser.error("--minutes is not allowed with --epochs")
+    if getattr(args, "complete", None) and not args.sample_only:
+        parser.error("--complete needs --sample-only: a training completes a digit of each kind")
+    if several and args.sample_only:
+        parser.error("--sample-only draws one run: leave out --ablation and --seeds")
     alone = several or args.minutes or args.sample_only or not hasattr(step, "SEVERAL_PROCESSES")
-    contradictions = {
-        "--model needs --sample-only: training begins from new weights": args.model and not args.sample_only,
-        "--minutes is not allowed with --epochs": args.minutes and "num_epochs" in args,
-        "--sample-only draws one run: leave out --ablation and --seeds": several and args.sample_only,
-        "this takes one process: start it with python, not with torchrun": parallel.launched() and alone,
-    }
-    for message, holds in contradictions.items():
-        if holds:
-            parser.error(message)
+    if alone and is_torchelastic_launched():
+        parser.error("this takes one process: start it with python, not with torchrun")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Folders
-
-
-def differences(args, options, preset, own_defaults):
-    """List how a run differs from the reported one, such as ["dropout=0.4", "seed=3"].
-
-    Args:
-        options, preset: options of this run and of the reported one.
-        own_defaults: the defaults of the flags that only this step has.
-    """
+def differences(parser, args, options, preset, own):
+    """List how a run differs from the reported one, with the options `preset`, such as ["dropout=0.4", "seed=3"]."""
 
     def spell(value):
         if isinstance(value, (tuple, list)):
             return "-".join(map(spell, value))
-        if isinstance(value, float):
-            return f"{value:g}" if float(f"{value:g}") == value else repr(value)
         text = str(value).lower() if value is None or isinstance(value, bool) else str(value)
-        return text.replace("/", "_").replace(os.sep, "_")
+        return text.removesuffix(".0").replace("/", "_")
 
-    flags = {**own_defaults, "seed": 0, "minutes": None, "dataset": DATASETS[0], "count": None}
     changed = {name: value for name, value in options.items() if value != preset[name]}
-    changed |= {name: getattr(args, name) for name in flags if getattr(args, name) != flags[name]}
+    for name in (*own, "seed", "minutes", "dataset", "count", "seeds"):
+        if getattr(args, name) != parser.get_default(name):
+            changed[name] = getattr(args, name)
     marks = [name for name in ("held_out", "dry_run", "sample_only") if getattr(args, name)]
     if "num_epochs" in changed:
         changed = {"epochs": changed.pop("num_epochs"), **changed}
@@ -151,26 +132,11 @@ def differences(args, options, preset, own_defaults):
 
 
 def default_folder(step, variant, parts):
-    """Return where a run writes without --out-dir.
-
-    Only the reported run, which has no differences (`parts`), writes into the committed folder. Any other run has a
-    folder of its own below runs/, which git ignores.
-    """
-    folder, name = ROOT / "results" / step, ",".join(parts)
+    """Return where a run writes without --out-dir: below runs/, which git ignores, if it differs in some `parts`."""
+    folder = ROOT / "results" / step
     if variant:
         folder = folder / "variants" / variant
-    if len(name) > MAX_FOLDER_NAME:
-        name = name[: MAX_FOLDER_NAME - 9] + "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
-    return folder / "runs" / name if name else folder
-
-
-def folder_of_several(step, args, parts):
-    """Return the folder of --ablation or --seeds. Variants that are asked for one by one share a folder."""
-    seeds = [f"seeds={args.seeds}"] if args.seeds else []
-    if not args.ablation:
-        return default_folder(step, args.variant, [*parts, *seeds])
-    parts = [*(part for part in parts if part != "held_out"), *seeds]
-    return default_folder(step, None, ["ablation", *parts] if parts or args.variant else [])
+    return folder / "runs" / ",".join(parts) if parts else folder
 
 
 def shorter_runs(step, variant, parts, num_epochs, usual):
@@ -178,10 +144,6 @@ def shorter_runs(step, variant, parts, num_epochs, usual):
     others = [part for part in parts if not part.startswith("epochs=")]
     counts = reversed(range(1, num_epochs))
     return [default_folder(step, variant, [*[f"epochs={n}"] * (n != usual), *others]) for n in counts]
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The main of all steps
 
 
 def main(step, argv=None):
@@ -192,7 +154,7 @@ def main(step, argv=None):
 def run_command(step, argv):
     """Choose the options and the folder, then train, draw, or start several runs."""
     specs = read_options(step.train) | (read_options(step.NETWORK) if hasattr(step, "NETWORK") else {})
-    parser, own_defaults = make_parser(step, specs)
+    parser, own = make_parser(step, specs)
     args = parser.parse_args(argv)
     refuse_contradictions(parser, args, step)
     options, preset = choose_options(parser, args, specs, step.VARIANTS)
@@ -204,37 +166,38 @@ def run_command(step, argv):
     words = [each.replace(f"{ROOT}{os.sep}", "") for each in argv if each not in ("--resume", "--restart")]
     args.command = " ".join([parser.prog, *words])  # the same for a run that was interrupted
     name = step.CONDITIONAL_STEP if getattr(args, "conditional", False) else step.STEP
-    parts = differences(args, options, preset, own_defaults)
+    parts = differences(parser, args, options, preset, own)
+    if args.ablation:  # its variants share a folder
+        parts = [each for each in parts if each != "held_out"]
+        parts = ["ablation", *parts] if parts or args.variant else []
+    folder = args.out_dir or default_folder(name, None if args.ablation else args.variant, parts)
     if args.ablation or args.seeds:
-        return ablation.run_all(step, args.out_dir or folder_of_several(name, args, parts), args, argv)
-    run = Run(name, args, options, args.out_dir or default_folder(name, args.variant, parts))
-    try:
+        return ablation.run_all(step, folder, args, argv)
+    with contextlib.closing(Run(name, args, options, folder)) as run:
         if args.sample_only:
             # The seed, the number of images and the step's own flags choose what is drawn, not the network.
-            other = ("seed", "count", "sample_only", *own_defaults)
+            other = ("seed", "count", "sample_only", *own)
             trained = [part for part in parts if part.partition("=")[0] not in other]
-            draw(step, run, args.model or default_folder(name, args.variant, trained) / "model.pt")
+            path = args.model or default_folder(name, args.variant, trained) / "model.pt"
         else:
             epochs = options["num_epochs"], preset["num_epochs"]
             run.claim_folder([] if args.out_dir else shorter_runs(name, args.variant, parts, *epochs))
-            train(step, run)
-    finally:
-        run.close()
+        machine.say(f"results go to {folder}")
+        sets = load_data(args.data_dir, args.dataset, run.device, args.held_out)
+        if args.sample_only:
+            step.sample(run, path, sets[1])
+        else:
+            train(step, run, *sets)
+        if run.unwritten:
+            names = ", ".join(sorted(run.unwritten))
+            raise UserError(
+                f"{names} could not be written: close what holds them and repeat, a training with --resume"
+            )
 
 
-def draw(step, run, path):
-    """Draw the figures of the network in model.pt."""
-    machine.say(f"results go to {run.folder}")
-    _, test_set = load_data(run.args.data_dir, run.args.dataset, run.device, run.args.held_out)
-    step.sample(run, path, test_set)
-    run.require_written()
-
-
-def train(step, run):
+def train(step, run, train_set, test_set):
     """Say what is to come, then train and evaluate."""
     args = run.args
-    machine.say(f"results go to {run.folder}")
-    train_set, test_set = load_data(args.data_dir, args.dataset, run.device, args.held_out)
     length = f"{args.minutes:g} min" if args.minutes else f"{run.options['num_epochs']} epochs"
     line = f"training for {length} on {machine.hardware(run.device)}"
     reported = default_folder(run.step, args.variant, []) / "metrics.json"
@@ -246,16 +209,14 @@ def train(step, run):
         machine.say(f"--count {args.count} changes the number of images in samples.png, not the training")
     metrics.say_what_is_left_out(args.dataset)
     step.train_and_evaluate(run, run.limit(*train_set), test_set)
-    run.require_written()
     if args.dry_run:
         machine.say("this was a dry run: its numbers mean nothing")
 
 
 def exit_code(work, name):
-    """Call `work()` and return the exit code of the process.
+    """Call `work()` and return the exit code: 0, 2 if a flag, a file or the machine is at fault, 128 + a signal.
 
-    It is 0, or 2 where a flag, a file or the machine is at fault, or 128 + the number of a signal. Other exceptions
-    are mistakes in code and keep their traceback.
+    Other exceptions are mistakes in code and keep their traceback.
     """
     machine.open_streams()
     machine.keep_freed_memory()

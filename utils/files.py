@@ -2,22 +2,19 @@
 
 import contextlib
 import csv
-import errno
 import io
 import json
 import math
 import os
-import sys
 import zipfile
 from pathlib import Path
 
 import torch
 
-fcntl = msvcrt = None  # Windows has the second, other systems have the first
 try:
     import fcntl
-except ImportError:
-    import msvcrt
+except ImportError:  # Windows, where folders are not locked
+    fcntl = None
 
 ROOT = Path(__file__).resolve().parent.parent
 # Last parts of the names of buffers. A file and a network need not have the same ones.
@@ -49,26 +46,13 @@ def write_atomically(path, content):
     try:
         with _writing(path):
             with open(temporary, "wb") as file:
-                _write_through(file, content)
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):  # renamed, or never made
             temporary.unlink()
-
-
-def append(path, length, text):
-    """Write text behind the first `length` bytes of a file and cut what follows; return the new length in bytes."""
-    with _writing(path), open(path, "r+b" if length else "wb") as file:
-        file.truncate(length)
-        file.seek(length)
-        _write_through(file, text.encode())
-        return file.tell()
-
-
-def _write_through(file, content):
-    file.write(content)
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def write_json(path, content):
@@ -79,43 +63,42 @@ def write_json(path, content):
 def read_json(path, hint="train anew"):
     """Read a JSON object as a dict; raise UserError, which ends in the hint, if there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return {**content}
+        return {**json.loads(path.read_text(encoding="utf-8"))}
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}): {hint}") from None
 
 
-def cell(value):
-    """Write a value as the cell of a CSV file. None leaves it empty; floats have six significant digits."""
-    return f"{value:.6g}" if isinstance(value, float) else "" if value is None else str(value)
-
-
-def read_cell(text):
-    """Read a cell: a number as a float, an empty cell as None."""
-    try:
-        return float(text) if text else None
-    except ValueError:
-        return text
-
-
-def csv_text(rows, with_header=True):
-    """Write dicts as lines of CSV."""
+def csv_text(rows):
+    """Write dicts as lines of CSV, below their header. None leaves a cell empty; floats have six digits."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    if with_header:
-        writer.writerow(rows[0])
-    writer.writerows(map(cell, row.values()) for row in rows)
+    writer.writerow(rows[0])
+    for row in rows:
+        writer.writerow(f"{value:.6g}" if isinstance(value, float) else value for value in row.values())
     return text.getvalue()
-
-
-def read_rows(lines):
-    """Read lines of CSV as dicts."""
-    return [{key: read_cell(text) for key, text in row.items()} for row in csv.DictReader(lines)]
 
 
 def read_csv(path):
     """Read a CSV file as dicts."""
     return read_rows(path.read_text().splitlines())
+
+
+def read_rows(lines):
+    """Read lines of CSV as dicts, with numbers as floats and empty cells as None."""
+    rows = [*csv.DictReader(lines)]
+    for row in rows:
+        for name, cell in row.items():
+            try:
+                row[name] = float(cell) if cell else None
+            except ValueError:  # a word
+                pass
+    return rows
+
+
+def read_columns(lines):
+    """Read lines of CSV as lists by the name of the column."""
+    rows = read_rows(lines)
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def metric(value, unit, formula, **more):
@@ -138,14 +121,11 @@ def lock(folder):
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        elif msvcrt:
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    except OSError as error:
-        # Other errors come from file systems without locks, such as some network drives.
-        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-            file.close()
-            hint = "wait for it, or name another --out-dir"
-            raise UserError(f"another run writes into {folder}: {hint}") from None
+    except BlockingIOError:
+        file.close()
+        raise UserError(f"another run writes into {folder}: wait for it, or name another --out-dir") from None
+    except OSError:  # a file system without locks, such as some network drives
+        pass
     return file
 
 
@@ -165,10 +145,9 @@ def load_tensors(path, steps, kind):
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch.load does not compare the check sums
         content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"there is no {kind} at {path}: train first") from None
     except OSError as error:
-        raise UserError(f"the {kind} {path} cannot be read: {error.strerror or error}") from None
+        reason = error.strerror or error
+        raise UserError(f"there is no {kind} to read at {path} ({reason}): train first") from None
     except Exception as error:  # a damaged file raises whatever it leads zipfile, pickle and torch to
         if lacks_memory(error):
             raise
@@ -206,23 +185,21 @@ def load_state(module, state, path, hint):
     """
     if not all_finite(state):
         raise UserError(f"{path} holds numbers that are not finite: {hint}")
-    missing = unexpected = ()
+    misfits = []
     try:
         if isinstance(module, torch.nn.Module):
             missing, unexpected = module.load_state_dict(state, strict=False)
+            for what, names in (("missing", missing), ("unexpected", unexpected)):
+                misfits += [f"{what} {name}" for name in names if name.rpartition(".")[2] not in BUFFERS]
         else:
             module.load_state_dict(state)
     except (RuntimeError, ValueError, KeyError) as error:
         if lacks_memory(error):
             raise
-        raise UserError(f"{path} does not fit ({str(error).splitlines()[-1].strip()}): {hint}") from None
-    others = [
-        [name for name in names if name.rpartition(".")[2] not in BUFFERS] for names in (missing, unexpected)
-    ]
-    if any(others):
-        where = sys.modules[type(module).__module__].__file__
-        names = "missing {}, unexpected {}".format(*(each[0] if each else "nothing" for each in others))
-        raise UserError(f"{path} does not fit the network in {where} ({names}): {hint}")
+        misfits = [str(error).splitlines()[-1].strip()]
+    if misfits:
+        whose, reason = f"{type(module).__name__} in {type(module).__module__}", ", ".join(misfits[:2])
+        raise UserError(f"{path} does not fit the {whose} ({reason}): {hint}")
 
 
 def options_of(path):

@@ -4,16 +4,14 @@ import contextlib
 import ctypes
 import os
 import platform
+import re
 import signal
 import sys
 import threading
 import time
 from pathlib import Path
 
-import matplotlib
-import numpy
 import torch
-import torchvision
 
 from utils.files import UserError
 
@@ -35,11 +33,10 @@ def has_bfloat16_units(device):
     """Tell whether the hardware multiplies in bfloat16: GPUs since Ampere, CPUs with AMX or AVX512-BF16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    limited = torch.backends.cpu.get_cpu_capability() == "AVX2"  # perhaps by ATEN_CPU_CAPABILITY
-    if device.type != "cpu" or limited:
-        return False
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch cannot tell
-    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
+    # Older versions of torch cannot tell. ATEN_CPU_CAPABILITY may say that the units are not to be used.
+    found = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    limited = torch.backends.cpu.get_cpu_capability() == "AVX2"
+    return not limited and (found.get("amx_bf16", False) or found.get("avx512_bf16", False))
 
 
 def autocast(device, precision):
@@ -77,8 +74,7 @@ def seeded(device, seed=0):
 def keep_freed_memory():
     """Make glibc keep freed memory for the next tensors.
 
-    Otherwise the system clears the pages of large blocks again and again. On two cores a training step of
-    step 2 then takes up to twice as long.
+    Otherwise the system clears large blocks again and again, and a step of step 2 takes up to twice as long.
     """
     trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # malloc.h
     with contextlib.suppress(OSError, TypeError, AttributeError):  # another C library
@@ -93,9 +89,8 @@ def hardware(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
+        cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1].strip()
+    except (OSError, TypeError):  # another system or processor
         cpu = platform.processor() or platform.machine()
     if device.type != "cpu":
         return f"{device.type} on {cpu}"
@@ -104,27 +99,21 @@ def hardware(device):
     return f"{cpu} with {units}, {count} thread{'s' * (count > 1)}"
 
 
-def versions():
-    """Return the versions of Python and the packages that results depend on."""
-    packages = {each.__name__: each.__version__ for each in (torch, torchvision, matplotlib, numpy)}
-    return {"python": platform.python_version(), **packages}
-
-
 class Clock:
-    """Seconds that pass while it runs, and those `before`."""
+    """Seconds that pass in its `with` blocks, and those `before`."""
 
     def __init__(self):
-        self.before, self._started = 0.0, None
+        self.before, self.started = 0.0, None  # None while it stands
 
     @property
     def seconds(self):
-        return self.before + (0 if self._started is None else time.perf_counter() - self._started)
+        return self.before + (0 if self.started is None else time.perf_counter() - self.started)
 
-    def start(self):
-        self._started = time.perf_counter()
+    def __enter__(self):
+        self.started = time.perf_counter()
 
-    def stop(self):
-        self.before, self._started = self.seconds, None
+    def __exit__(self, *_):
+        self.before, self.started = self.seconds, None
 
 
 class Stopped(KeyboardInterrupt):
@@ -135,44 +124,43 @@ class Stopped(KeyboardInterrupt):
         self.number = number
 
 
+@contextlib.contextmanager
 def catch_signals(handler):
-    """Let `handler` answer the signals that ask for an end; return the earlier handlers for `restore_signals`.
+    """Let `handler` answer the signals that ask for an end, while the block lasts.
 
     A signal that is ignored stays so: nohup ignores SIGHUP. Python leaves signals to the main thread.
     """
-    if threading.current_thread() is not threading.main_thread():
-        return {}
-    numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    numbers = [getattr(signal, name) for name in SIGNALS if in_main_thread and hasattr(signal, name)]
     caught = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
-    return {number: signal.signal(number, handler) for number in caught}
-
-
-def restore_signals(handlers):
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-def raise_stopped(number, _):
-    raise Stopped(number, "the same command goes on")
+    earlier = {number: signal.signal(number, handler) for number in caught}
+    try:
+        yield
+    finally:
+        for number, each in earlier.items():
+            signal.signal(number, each)
 
 
 def open_streams():
-    """Open standard streams that are closed, as those of a service, so that no other file takes their numbers."""
+    """Open standard streams that are closed, as a service's are, so that no other file takes their numbers.
+
+    Letters that an encoding lacks are printed as escapes.
+    """
     while (number := os.open(os.devnull, os.O_RDWR)) < 3:
         pass
     os.close(number)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))
+        if hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 def say(*words, file=None):
-    """Print a line. A closed pipe, a full disk or an encoding that lacks a letter ends no run."""
+    """Print a line. A closed pipe or a full disk ends no run."""
     stream = file or sys.stdout
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    line = " ".join(map(str, words)).encode(encoding, "backslashreplace").decode(encoding)
     try:
         with contextlib.suppress(ValueError):  # the stream is closed
-            print(line, file=stream, flush=True)
+            print(*words, file=stream, flush=True)
     except OSError:  # from now on nothing is printed there, not even when the interpreter ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

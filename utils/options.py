@@ -12,15 +12,15 @@ import argparse
 import difflib
 import inspect
 import math
-import types
+import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 Fraction = Annotated[float, (0, 1)]
 LARGEST = 2**63 - 1  # of whole numbers, which tensors hold in 64 bits
 RANGES = {int: (1, LARGEST), float: (0, math.inf)}  # of numbers whose annotation has none
-UNIONS = (Union, getattr(types, "UnionType", Union))  # Optional[X], and since Python 3.10 also X | None
 
 
 @dataclass(frozen=True)
@@ -59,26 +59,25 @@ class Option:
             return None
         try:
             value = self.type(text)
-            self.check([value] if self.several else value)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"takes {self.wanted}, not {text!r}") from None
+            value = None
+        if not self._fits(value):
+            raise argparse.ArgumentTypeError(f"takes {self.wanted}, not {text!r}")
         return value
 
     def collect(self, value):
-        """Return what argparse found, or a value of VARIANTS, in the form of the annotation: a tuple or a list."""
-        if not self.several or not isinstance(value, (list, tuple)):
-            return value
-        return None if value == [None] else self.several(value)
+        """Return what argparse found, or a value of VARIANTS, in the form of the annotation: a tuple or a list.
 
-    def check(self, value):
-        """Raise ValueError unless the flag would take the value. The default is always right."""
-        if value == self.default:
-            return
-        values = value if self.several and isinstance(value, (list, tuple)) else [value]
-        many = isinstance(value, (list, tuple)) and len(value) > 0
-        fits = all(map(self._fits, values)) and bool(self.several) == many
-        if not fits and not (self.optional and value is None):
+        Raises ValueError if the flag would not take it. The default is always right.
+        """
+        value = None if value == [None] else value
+        if value == self.default or (self.optional and value is None):
+            return value
+        many = isinstance(value, (list, tuple))
+        values = value if many else [value]
+        if many != bool(self.several) or not values or not all(map(self._fits, values)):
             raise ValueError(f"{self.name} takes {self.wanted}, not {value!r}")
+        return self.several(value) if many else value
 
     def _fits(self, value):
         if type(value) is not self.type and not (self.type is float and type(value) is int):
@@ -92,7 +91,7 @@ class Option:
         shown = " ".join(map(str, self.default)) if self.several and self.default else self.default
         settings = dict(dest=self.name, default=argparse.SUPPRESS)
         help = f"{self.help} ({shown})".replace("%", "%%")
-        if self.type is bool:
+        if self.type is bool:  # argparse's own BooleanOptionalAction breaks --help in some versions of Python
             group.add_argument(self.flag, action="store_true", help=help, **settings)
             group.add_argument(f"--no-{self.flag[2:]}", action="store_false", help="the opposite", **settings)
             return
@@ -104,25 +103,21 @@ class Option:
 def make_option(name, default, hint):
     """Make the `Option` of an argument; raise TypeError, which names it, for a type that no flag has."""
     notes, optional = [], default is None
-    while get_origin(hint) is Annotated or (get_origin(hint) in UNIONS and type(None) in get_args(hint)):
+    while get_origin(hint) is Annotated or type(None) in get_args(hint):
         if get_origin(hint) is Annotated:
             notes, hint = [*notes, *hint.__metadata__], hint.__origin__
         else:
             optional, hint = True, Union[tuple({*get_args(hint)} - {type(None)})]
     several = next((each for each in (hint, get_origin(hint)) if each in (tuple, list)), None)
-    kinds = {hint}
+    choices = get_args(hint) if get_origin(hint) is Literal else ()
+    kinds = {type(each) for each in choices} or {hint}
     if several:
         kinds = {*get_args(hint)} - {...} or {type(each) for each in default or ()}
-    choices = get_args(hint) if get_origin(hint) is Literal else ()
-    kind = type(choices[0]) if choices else kinds.pop() if len(kinds) == 1 else None
-    if (
-        kind not in (int, float, str, bool)
-        or (several and kind is bool)
-        or default is inspect.Parameter.empty
-    ):
-        raise TypeError(
-            f"the argument {name!r} has the type {hint} and the default {default}, of which utils/options.py makes no flag"
-        )
+    (kind,) = kinds if len(kinds) == 1 else (None,)
+    has_flag = kind in (int, float, str) or (kind is bool and not several)
+    if not has_flag or default is inspect.Parameter.empty:
+        words = f"the type {hint} and the default {default}, of which utils/options.py makes no flag"
+        raise TypeError(f"the argument {name!r} has {words}")
     usual = RANGES.get(kind)
     if usual and isinstance(default, (int, float)):
         usual = min(usual[0], default), usual[1]
@@ -157,9 +152,8 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse that answers bad usage with one line instead of the whole usage."""
 
     def __init__(self, **options):
-        def wide(prog):  # a flag is one line
-            return argparse.RawDescriptionHelpFormatter(prog, max_help_position=36, width=130)
-
+        # A flag is one line of --help.
+        wide = partial(argparse.RawDescriptionHelpFormatter, max_help_position=36, width=130)
         super().__init__(usage="%(prog)s [flags]", formatter_class=wide, allow_abbrev=False, **options)
 
     def parse_args(self, args=None, namespace=None):
@@ -180,10 +174,7 @@ def number(least, kind=int, most=LARGEST):
 
 def folder(text):
     """argparse type for a folder or file: `~` is the home folder, and an empty name is refused."""
-    try:
-        path = Path(text).expanduser() if text else None
-    except RuntimeError:  # there is no home folder
-        path = None
-    if path is None:
+    path = os.path.expanduser(text)
+    if not path or path.startswith("~"):  # there is no such home folder
         raise argparse.ArgumentTypeError(f"takes the name of a folder or file, not {text!r}")
-    return path
+    return Path(path)

@@ -18,17 +18,10 @@ from utils.files import UserError
 WAITING = timedelta(hours=12)  # for the first process, which evaluates and draws alone
 
 
-def launched():
-    """Tell whether torchrun started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
 def join(device):
     """Meet the other processes of torchrun; return this process's device. From here on the first one alone prints."""
-    if not launched():
+    if not distributed.is_torchelastic_launched():
         return device
-    if not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys():
-        raise UserError("TORCHELASTIC_RUN_ID needs RANK, LOCAL_RANK, WORLD_SIZE: unset it or use torchrun")
     if device.type == "cuda":  # each process has a GPU of its own
         number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if number >= count:
@@ -66,20 +59,12 @@ def first_process(function):
     return called
 
 
-def own_part(batch):
-    """Return this process's part of a batch: every n-th item of n processes."""
-    return batch[rank() :: num_processes()]
-
-
 def wrap(network):
     """Return the network with gradients averaged over the processes, which begin with the weights of the first."""
     if not distributed.is_initialized():
         return network
-    # The strides of a 1 x 1 kernel have no meaning, but torch compares them.
-    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-    warnings.filterwarnings(
-        "ignore", "`broadcast_buffers` is deprecated"
-    )  # older versions have no other argument
+    # The strides of a 1 x 1 kernel have no meaning, but torch compares them. Its older versions have no other argument.
+    warnings.filterwarnings("ignore", "Grad strides do not match|`broadcast_buffers` is deprecated")
     return DistributedDataParallel(network, broadcast_buffers=False)
 
 

@@ -3,15 +3,14 @@
 What is written when:
     at the start                                        config.json, checkpoint.pt
     after the last batch of an epoch, or after a signal checkpoint.pt
-    before each checkpoint, after each evaluation       rows of the CSV files
+    after each evaluation                               the CSV files
     at the end                                          model.pt, figures, metrics.json, the finished checkpoint.pt
 
---resume reads checkpoint.pt and cuts each CSV file to the length that the checkpoint names. What came after the
-checkpoint is repeated: an evaluation that was interrupted and, after kill -9, the batches of the epoch, with the
-evaluation before them. A checkpoint of other options, another seed or another data set is refused. More epochs are
-allowed, but not with a schedule.
+checkpoint.pt has the rows of the CSV files, too. --resume goes on from it and repeats what came after it: an evaluation
+that was interrupted and, after kill -9, the batches of the epoch.
 """
 
+import contextlib
 import math
 import sys
 
@@ -19,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from utils import checkpoint, files, machine, parallel
-from utils.checkpoint import Records, require_finite
+from utils.checkpoint import KEPT, means_of, require_finite
 from utils.data import shuffled_batches
 from utils.files import UserError
 from utils.options import read_options
@@ -39,21 +38,26 @@ class Run:
         iteration: number of the batch under way, from 1, counted over all epochs.
         images_seen: training images so far, counted over all epochs.
         snapshots: dict of uint8 images by epoch, kept in the checkpoint.
+        unwritten: set of the names of files that could not be written.
     """
 
     def __init__(self, step, args, options, folder):
         self.step, self.args, self.options, self.folder = step, args, options, folder
         self.device = parallel.join(machine.find_device(args.device))
         self.iteration = self.images_seen = 0
-        self.snapshots = {}
+        self.snapshots, self.unwritten = {}, set()
         # Position: whole epochs, batches of the epoch under way, and whether they have been evaluated.
         self._epoch, self._batch, self._num_batches, self._evaluated = 0, 0, 1, True
-        self._records, self._modules = Records(folder), {}
-        self._clock = machine.Clock()
-        self._batch_clock = machine.Clock()  # stands in evaluations; --minutes counts it
-        self._drawn, self._handlers = [], {}
-        self._content = self._lock = self._signal = None
-        self._in_batches, self._num_epochs = False, options["num_epochs"]
+        self._lines, self._of_epoch, self._of_row = {}, [], []  # of tables by name; losses of batches
+        self._clock, self._batch_clock = machine.Clock(), machine.Clock()  # the second stands in evaluations
+        self._modules = {}
+        self._open = contextlib.ExitStack()  # the lock on the folder, and the handling of signals
+        self.close = self._open.close
+        self._content = self._signal = None
+        self._num_epochs = options["num_epochs"]
+        self._of_all = "" if args.minutes else f"/{self._num_epochs}"
+        flags = ("seed", "minutes", "dry_run", "held_out", "dataset")  # compared by --resume
+        self._identity = {**options, **{name: getattr(args, name) for name in flags}}
         torch.manual_seed(args.seed + 1_000_003 * parallel.rank())  # processes draw noise of their own
 
     def arguments(self, function):
@@ -66,18 +70,23 @@ class Run:
         return tuple(each[:count] if self.args.dry_run else each for each in tensors)
 
     def claim_folder(self, shorter=()):
-        """Lock the folder, and with --resume read its checkpoint; see `checkpoint.claim`."""
-        self._lock, self._content, self._source = checkpoint.claim(self.folder, self.step, self.args, shorter)
+        """Lock the folder, and with --resume read its checkpoint, or that of one of the `shorter` runs."""
+        files.make_folder(self.folder)
+        if parallel.is_first():
+            self._open.enter_context(files.lock(self.folder))
+            if not (self.args.resume or self.args.restart):
+                checkpoint.require_free(self.folder, self.step, self.args)
+        if self.args.resume:
+            self._content, self._source = checkpoint.find(self.step, [self.folder, *shorter])
 
     def resume_or_start(self, **modules):
         """Name all networks, optimisers and schedules, so that checkpoints hold them; with --resume restore them."""
         self._modules = modules
         if self._content:
             self._restore(self._content)
-            self._content = None
             machine.say(f"resuming after {self.epochs_done} epochs")
-        self._handlers = machine.catch_signals(self._on_signal)
-        self._clock.start()
+        self._open.enter_context(machine.catch_signals(self._on_signal))
+        self._open.enter_context(self._clock)
         if parallel.is_first():
             files.write_json(self.folder / "config.json", checkpoint.describe(self))
         if not self.args.resume:
@@ -92,51 +101,37 @@ class Run:
         """Draw the figure `name` with `function(path, ...)`, and print its name first, so that no wait is silent."""
         files.make_folder(self.folder)
         machine.say(f"drawing {name}")
-        self._drawn.append(name)
-        self._records.attempt(name, lambda: function(self.folder / name, *arguments, **options))
+        self._attempt(name, function, *arguments, **options)
 
     def finish(self, headline=(), **metrics):
         """Write metrics.json, and print the metrics that `headline` names beside those of the step's reported run."""
-        self._clock.stop()
         seconds, what = self._clock.seconds, "training and the evaluation after each epoch"
         metrics["wall_time"] = files.metric(seconds, "seconds", what, hardware=machine.hardware(self.device))
         speed, what = self.images_seen / seconds, "images seen / wall time"
         metrics["speed"] = files.metric(speed, "training images per second", what)
         lines = [*checkpoint.headline(headline, metrics, self)]  # before the reported metrics may be replaced
-        if self.epochs_done < 1 and not self.args.dry_run:
-            lines += [f"the model is hardly trained: it saw {self.images_seen} images, less than an epoch"]
         files.write_json(self.folder / "metrics.json", metrics)
+        self._write_tables()
         self._save(finished=True)
-        for line in [*lines, f"results in {self.folder}: {', '.join([*self._drawn, 'metrics.json'])}"]:
-            machine.say(line)
+        machine.say("\n".join([*lines, f"results in {self.folder}"]))
 
-    def require_written(self):
-        """Raise UserError if a file could not be written."""
-        if self._records.unwritten:
-            names = ", ".join(self._records.unwritten)
-            raise UserError(f"{names} could not be written: close what holds them, and repeat with --resume")
-
-    def close(self):
-        """End the lock on the folder, and let signals do what they did before."""
-        machine.restore_signals(self._handlers)
-        if self._lock:
-            self._lock.close()
+    @property
+    def _done(self):
+        return self._epoch + self._batch / self._num_batches
 
     @property
     def is_new(self):
         """Whether no batch has been trained on yet."""
-        return self._epoch == self._batch == 0
+        return self._done == 0
 
     @property
     def epochs_done(self):
         """The number of epochs so far; with a fraction, such as 2.2, where --minutes cut the last one short."""
-        done = self._epoch + self._batch / self._num_batches
-        return int(done) if done == int(done) else round(done, 2)
+        return round(self._done, 2) if self._done % 1 else int(self._done)
 
     def is_last(self):
         """Tell whether the training has no further batch."""
-        done = self._epoch + self._batch / self._num_batches
-        return done > 0 and self.fraction_done(done / self._num_epochs) == 1
+        return self._done > 0 and self.fraction_done(self._done / self._num_epochs) == 1
 
     def fraction_done(self, fraction_of_steps=0.0):
         """Return how much of the training is done, from 0 to 1: of its steps, or of its time with --minutes."""
@@ -154,7 +149,7 @@ class Run:
             if self._batch < self._num_batches and not self.is_last():  # left by `break`
                 self._batch = self._num_batches
                 self._save()
-            self._records.write()
+            self._write_tables()
 
     def batches(self, *tensors, batch_size):
         """Yield the shuffled batches of an epoch, with a progress bar, then save a checkpoint.
@@ -166,34 +161,29 @@ class Run:
         self._num_batches = len(chosen)
         if len(chosen[-1]) < parallel.num_processes():
             raise UserError(f"a batch has {len(chosen[-1])} images: lower the number of processes")
-        silent, title = None if parallel.is_first() else True, self._title(self._epoch + 1)
-        self._in_batches = True
-        self._batch_clock.start()
-        try:
-            with tqdm(chosen, title, unit="batch", disable=silent, leave=False) as self._bar:
-                for index, images in enumerate(self._bar):
-                    if index < self._batch or self.is_last():
-                        continue
-                    self.iteration, self._batch_images = self._epoch * len(chosen) + index + 1, len(images)
-                    yield tuple(each[parallel.own_part(images)] for each in tensors)
-                    self.images_seen += len(images)
-                    self._batch, self._evaluated = index + 1, False
-                    self._stop_if_asked(save=True)
-            if self._records.of_row.sums:
+        title, silent = f"epoch {self._epoch + 1}{self._of_all}", None if parallel.is_first() else True
+        self._bar = tqdm(chosen, title, unit="batch", disable=silent, leave=False)
+        with self._batch_clock, self._bar:
+            for index, images in enumerate(self._bar):
+                if index < self._batch or self.is_last():
+                    continue
+                self.iteration, self._batch_images = self._epoch * len(chosen) + index + 1, len(images)
+                own = images[parallel.rank() :: parallel.num_processes()]
+                yield tuple(each[own] for each in tensors)
+                self.images_seen += len(images)
+                self._batch, self._evaluated = index + 1, False
+                self._stop_if_asked()
+            if self._of_row:
                 self._log_batches()
             self._save()
             self._stop_if_asked()
-        finally:
-            self._batch_clock.stop()
-            self._in_batches = False
 
     def record(self, **losses):
-        """Take the mean losses of the batch under way into the means of the epoch, and into batches.csv.
+        """Take the mean losses of the batch under way, scalar tensors, into the means of the epoch and batches.csv.
 
-        They are scalar tensors; None stands for a loss that this batch does not have. Raises UserError if one is not
-        finite. The checkpoint then stays the last good one.
+        None stands for a loss that this batch does not have. One that is not finite ends the run.
         """
-        self._records.of_row.add(self._take(losses), self._batch_images)
+        self._of_row.append((self._take(losses), self._batch_images))
         if self.iteration % math.ceil(self._num_epochs * self._num_batches / BATCH_ROWS) == 0:
             self._log_batches()
 
@@ -202,35 +192,48 @@ class Run:
         self.log(iteration=self.iteration, epoch=self._epoch + 1, **self._take(losses))
 
     def _take(self, losses):
-        names = [name for name, value in losses.items() if value is not None]
+        given = {name: value.detach() for name, value in losses.items() if value is not None}
         # The values leave the device once.
-        values = (
-            parallel.mean(torch.stack([losses[name].detach() for name in names])).tolist() if names else []
-        )
-        values = {**losses, **dict(zip(names, values))}
+        numbers = parallel.mean(torch.stack([*given.values()])).tolist() if given else []
+        values = {**losses, **dict(zip(given, numbers))}
         require_finite(values, f"in epoch {self._epoch + 1}, batch {self._batch + 1}")
-        self._records.of_epoch.add(values, self._batch_images)
-        self._bar.set_postfix({name: f"{values[name]:.3f}" for name in names}, refresh=False)
+        self._of_epoch.append((values, self._batch_images))
+        self._bar.set_postfix({name: f"{values[name]:.3f}" for name in given}, refresh=False)
         return values
 
     def _log_batches(self):
-        self.log("batches", iteration=self.iteration, epoch=self._epoch + 1, **self._records.of_row.pop())
+        self.log("batches", iteration=self.iteration, epoch=self._epoch + 1, **means_of(self._of_row))
+        self._of_row = []
 
     def pop_means(self):
-        """Return the means of the recorded losses over the images of the epoch, and start new ones.
-
-        A short last batch counts for its size.
-        """
-        return {name: mean for name, mean in self._records.of_epoch.pop().items() if mean is not None}
+        """Return the means of the recorded losses over the images of the epoch, and start new ones."""
+        batches, self._of_epoch = self._of_epoch, []
+        return {name: mean for name, mean in means_of(batches).items() if mean is not None}
 
     @property
     def tables(self):
-        """The columns of each table by its name; NAME is written to NAME.csv."""
-        return self._records.columns
+        """The columns of each table by its name, as NAME.csv has them, so that a resumed run has the same."""
+        return {name: files.read_columns(lines) for name, lines in self._lines.items()}
 
     def log(self, table="losses", **row):
         """Add a row to a table. All its rows have the same columns; None leaves a cell empty."""
-        self._records.log(table, row)
+        require_finite(row, f"in the row of epoch {row.get('epoch')} of {table}.csv")
+        header, line = files.csv_text([row]).splitlines()
+        self._lines.setdefault(table, [header]).append(line)
+
+    def _write_tables(self):
+        for name, lines in self._lines.items() if parallel.is_first() else ():
+            self._attempt(f"{name}.csv", files.write_atomically, "\n".join([*lines, ""]).encode())
+
+    def _attempt(self, name, write, *arguments, **options):
+        """Call `write(path, ...)`; if it fails, warn once and go on: only the checkpoint is worth stopping for."""
+        try:
+            write(self.folder / name, *arguments, **options)
+            self.unwritten.discard(name)
+        except UserError as error:
+            if name not in self.unwritten:
+                machine.say(f"warning: {error}", file=sys.stderr)
+            self.unwritten.add(name)
 
     def snapshot(self, images):
         """Keep images in [0, 1] after this epoch: after each of the first epochs and after some 16 later ones."""
@@ -243,58 +246,55 @@ class Run:
         shown = [f"{name} {value:.4g}" for name, value in values.items()]
         seconds, done = self._clock.seconds, self.fraction_done(self.epochs_done / self._num_epochs)
         time_left = f", {seconds * (1 / done - 1) / 60:.0f} min to go" if 0 < done < 1 else ""
-        title = f"{self._title(self.epochs_done)} ({seconds:.0f} s{time_left})"
+        title = f"epoch {self.epochs_done}{self._of_all} ({seconds:.0f} s{time_left})"
         machine.say("  ".join([title, *shown, *words]))
 
-    def _title(self, epoch):
-        return f"epoch {epoch}" if self.args.minutes else f"epoch {epoch}/{self.options['num_epochs']}"
-
-    def _identity(self):
-        """Return what a checkpoint must share with the run that resumes it."""
-        flags = ("seed", "minutes", "dry_run", "held_out", "dataset")
-        return {**self.options, **{name: getattr(self.args, name) for name in flags}}
-
     def _save(self, finished=False):
+        modules = {name: each.state_dict() for name, each in self._modules.items()}
+        if not files.all_finite(modules):
+            raise UserError(
+                f"the last update of epoch {self._epoch + 1} gave numbers that are not finite: {KEPT}"
+            )
         content = dict(
             step=self.step,
             version=checkpoint.VERSION,
             finished=finished,
-            identity=self._identity(),
+            identity=self._identity,
             position=(self._epoch, self._batch, self._num_batches, self._evaluated, self.images_seen),
             seconds=(self._clock.seconds, self._batch_clock.seconds),
             snapshots=self.snapshots,
             random=machine.random_states(self.device),
-            modules=checkpoint.states(self._modules, f"the last update of epoch {self._epoch + 1}"),
+            modules=modules,
+            losses=(self._of_epoch, self._of_row),
+            tables={name: "\n".join(lines) for name, lines in self._lines.items()},
         )
-        self._records.write()
-        content["records"] = self._records.state()
         if parallel.is_first():
             files.save_tensors(self.folder / "checkpoint.pt", content)
 
     def _restore(self, content):
-        checkpoint.restore(self._modules, content, self._identity(), self._source / "checkpoint.pt")
+        checkpoint.restore(self._modules, content, self._identity, self._source)
         self._epoch, self._batch, self._num_batches, self._evaluated, self.images_seen = content["position"]
         self.iteration = self._epoch * self._num_batches + self._batch
         self._clock.before, self._batch_clock.before = content["seconds"]
         self.snapshots = content["snapshots"]
+        self._of_epoch, self._of_row = content["losses"]
+        self._lines = {name: text.splitlines() for name, text in content["tables"].items()}
         if parallel.is_first():
-            self._records.restore(content["records"], self._source)
             machine.set_random_states(content["random"], self.device)
         else:  # noise of its own, which no earlier part of the training has had
             torch.manual_seed(self.args.seed + 1_000_003 * parallel.rank() + self.images_seen)
 
     def _on_signal(self, number, _):
-        if self._in_batches and self._signal is None:
-            self._signal = number
-            machine.say("\nstopping after this batch; a second signal stops at once", file=sys.stderr)
-            return
-        what = "the batches since the last checkpoint" if self._in_batches else "this evaluation"
-        raise machine.Stopped(number, f"--resume goes on and repeats {what}")
+        in_batches = self._batch_clock.started is not None
+        if self._signal or not in_batches:
+            what = "the batches since the last checkpoint" if in_batches else "this evaluation"
+            raise machine.Stopped(number, f"--resume goes on and repeats {what}")
+        self._signal = number
+        machine.say("\nstopping after this batch; a second signal stops at once", file=sys.stderr)
 
-    def _stop_if_asked(self, save=False):
-        """Stop after a signal to any of the processes, all of them after the same batch."""
+    def _stop_if_asked(self):
+        """Save and stop after a signal to any of the processes, all of them after the same batch."""
         number = int(parallel.largest(self._signal or 0, self.device))
-        if number and save:
-            self._save()
         if number:
+            self._save()
             raise machine.Stopped(number, "the checkpoint is saved, and --resume goes on")

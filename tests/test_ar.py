@@ -11,7 +11,7 @@ from models.AR import ConditionalPixelCNN, MaskedConv2d, PixelCNN
 from tests import textbook
 from tests.conftest import ROOT
 from utils import pixelcnn_results
-from utils.options import defaults
+from utils.options import read_options
 
 SMALL = dict(num_blocks=2, channels=5, head_channels=7, first_kernel_size=5)
 ARCHITECTURES = [
@@ -89,9 +89,10 @@ def test_positions_of_other_sizes():
 
 
 def test_the_defaults_are_those_of_the_reported_runs():
+    defaults = {name: each.default for name, each in read_options(PixelCNN).items()}
     for step, conditional in (("step2_pixelcnn", False), ("step2_conditional_pixelcnn", True)):
         reported = torch.load(ROOT / "results" / step / "model.pt", weights_only=True)["network"]
-        assert reported == {"conditional": conditional, **defaults(PixelCNN)}
+        assert reported == {"conditional": conditional, **defaults}
 
 
 @pytest.mark.parametrize("wrong", [dict(activation="softmax"), dict(block="bottleneck")])

@@ -163,7 +163,7 @@ def draw_posterior(path, model, images):
     z, (log_p,), (log_q,) = plane_posteriors(model, x[worst, None], low.tolist(), high.tolist())
     peaks = decode_images(model, torch.stack([z[log_q.argmax()], z[log_p.argmax()]]))
     shown = {"image": x[worst], "at the mean of q": peaks[0], "at the peak of p": peaks[1]}
-    title = f"$p(z|x)$ blue, $q(z|x)$ orange; gap {gaps[worst]:.0f} nats, median {gaps.median():.1f}"
+    title = f"$p(z|x)$ blue, $q(z|x)$ orange; gap {gaps[worst].item():.0f} nats, median {gaps.median().item():.1f}"
     plotting.save_posterior(path, shown, z, log_p.exp(), log_q.exp(), title)
 
 

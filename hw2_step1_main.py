@@ -101,9 +101,7 @@ def train_main_loop(
     """Train on uint8 images (N, 1, 28, 28); return the generator with averaged (EMA) weights."""
     generator = build(Generator, dim_z=dim_z, channels=g_channels, kinds=kinds).to(run.device)
     discriminator = build(Discriminator, channels=d_channels, dropout=dropout).to(run.device)
-    ema = copy.deepcopy(
-        generator
-    )  # its weights are a moving average of the generator's, and draw better samples
+    ema = copy.deepcopy(generator)  # its weights are a moving average, which draws better samples
     adam = dict(betas=(0.5, 0.999), fused=True)  # betas of Radford et al. 2016, arXiv 1511.06434
     g_optimizer = torch.optim.Adam(generator.parameters(), g_learning_rate, **adam)
     d_optimizer = torch.optim.Adam(discriminator.parameters(), d_learning_rate, **adam)

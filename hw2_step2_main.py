@@ -86,9 +86,7 @@ def train(
     muon_rate: Annotated[Optional[float], "peak rate of Muon; none: Adam trains all weights"] = 0.02,
     warm_up: Annotated[int, "steps in which the learning rates rise"] = 200,
     clip_norm: Annotated[float, "longer gradients are scaled down to this norm"] = 50.0,
-    binarize: Annotated[
-        Literal["threshold", "stochastic"], "x > 0.5, or draws of Bernoulli(x)"
-    ] = "threshold",
+    binarize: Annotated[Literal["threshold", "stochastic"], "x > 0.5, or Bernoulli(x) draws"] = "threshold",
     distorted: Annotated[Fraction, "share of training images that are rotated, scaled and sheared"] = 0.0,
     distorted_until: Annotated[Fraction, "share of the training after which no image is distorted"] = 0.8,
     precision: Annotated[Literal["auto", "float32", "bfloat16"], "auto: bfloat16 where it is fast"] = "auto",

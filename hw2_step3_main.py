@@ -42,6 +42,7 @@ from utils.options import Fraction, number
 from utils.vae_results import evaluate
 
 STEP = "step3_vae"
+Binarize = Literal["stochastic", "threshold", "none"]
 
 VARIANTS = {
     "rate-1e-4": ("the lower end of the handout's learning rates", dict(learning_rate=1e-4)),
@@ -99,9 +100,7 @@ def train(
     clip_norm: Annotated[float, "longer gradients are scaled down to this norm"] = 200.0,
     kl_coeff: Annotated[float, "weight of the KL term; with 1 the loss is -ELBO"] = 1.0,
     kl_warm_up: Annotated[Fraction, "share of the training in which the KL weight rises from 0"] = 0.0,
-    binarize: Annotated[
-        Literal["stochastic", "threshold", "none"], "draws of Bernoulli(x), x > 0.5, or x"
-    ] = "stochastic",
+    binarize: Annotated[Binarize, "Bernoulli(x) draws, x > 0.5, or x"] = "stochastic",
     distorted: Annotated[Fraction, "share of training images that are rotated, scaled and sheared"] = 0.0,
     distorted_until: Annotated[Fraction, "share of the training after which no image is distorted"] = 0.9,
     latent_dim: Annotated[int, (2, math.inf), "latent dimensions, two for the latent plane"] = 2,
@@ -193,16 +192,10 @@ def draw_ablation(folder, folders):
 
 
 def add_flags(group):
-    add = group.add_argument
     what = "samples for each image in the importance-weighted bound (500, or 20 after fewer than 10 epochs)"
-    add("--bound-samples", type=number(1), metavar="K", help=what)
-    priors = ["standard", "fitted"]
-    add(
-        "--prior",
-        choices=priors,
-        default="standard",
-        help="prior of samples.png; fitted: a mixture, to the codes",
-    )
+    group.add_argument("--bound-samples", type=number(1), metavar="K", help=what)
+    what = "prior of samples.png; fitted: a mixture, to the codes"
+    group.add_argument("--prior", choices=["standard", "fitted"], default="standard", help=what)
 
 
 def main(argv=None):

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from models.common import IMAGE_SHAPE, NUM_PIXELS, checked, linear_layers
 
-KIND_LENGTH = 2.0  # of the one-hot part of the noise, near that of one of ten normal coordinates' largest
+KIND_LENGTH = 2.0  # of the one-hot part of the noise
 
 
 class Discriminator(nn.Module):

@@ -136,8 +136,8 @@ class Tables:
         return table(["samples of", *keys], rows)
 
     def ablation(self, name, *keys):
-        """Means over the seeds, and the standard deviation where there are several, ranked by the first metric."""
-        rows, found = [], self._read(f"{name}/ablation.csv")
+        """The runs in NAME.csv: means over the seeds, deviations where there are several, ranked by the first metric."""
+        rows, found = [], self._read(f"{name}.csv")
         for row in sorted(found, key=lambda row: row[f"{keys[0]}_mean"] or math.inf):
             changes = SCRIPTS[name[:5]].VARIANTS.get(row["variant"], ("", {}))[1]
             change = ", ".join(f"{name}={value}" for name, value in changes.items())

@@ -5,12 +5,15 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+# A shell starts background jobs with this signal ignored, and then tests of Ctrl-C would wait in vain.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Bit-for-bit equality is promised on the CPU. This has to be set before torch looks for a GPU.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # Small networks gain nothing from threads, and more threads than cores make everything slow.

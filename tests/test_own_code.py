@@ -88,4 +88,4 @@ def test_a_model_of_ours_does_not_fit_another_network(call_step, trained, monkey
     """One line says which file, and which module has the network."""
     replace(monkeypatch, textbook.Generator)
     flags = ["--sample-only", "--model", trained["gan"] / "model.pt", "--out-dir", tmp_path]
-    assert_refused(call_step(STEPS["gan"], *flags), "does not fit", "textbook.py")
+    assert_refused(call_step(STEPS["gan"], *flags), "does not fit", "tests.textbook")

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import statistics
 import subprocess
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from matplotlib import pyplot
 
 from results import make_tables
+from utils import files
 from utils.files import ROOT
+from utils.options import read_options
 
 in_clone = (ROOT / ".git").exists() and shutil.which("git")
 pytestmark = pytest.mark.skipif(not in_clone, reason="needs git and a clone of the repository")
@@ -155,10 +158,26 @@ def test_links_lead_to_files(page):
 
 @pytest.mark.parametrize("module", make_tables.SCRIPTS.values())
 def test_the_reported_ablation_has_the_settings_of_the_variants(module):
-    """The tables take the column `change` from the scripts, so a variant that was edited has to be trained anew."""
-    configs = list((ROOT / "results" / module.STEP / "ablation").glob("seed_*/variants/*/config.json"))
-    assert configs
+    """A variant or a default that was edited has to be trained anew; only the length may be another."""
+    options = read_options(module.train) | (
+        read_options(module.NETWORK) if hasattr(module, "NETWORK") else {}
+    )
+    configs = list((ROOT / "results" / module.STEP / "ablation").glob("seed_*/**/config.json"))
+    assert len(configs) > 3
     for config in configs:
-        trained = json.loads(config.read_text())["hyperparameters"]
-        changes = json.loads(json.dumps(module.VARIANTS[config.parent.name][1]))
-        assert {name: trained[name] for name in changes} == changes, config
+        trained = json.loads(config.read_text())
+        changes = {} if trained["variant"] == "default" else module.VARIANTS[trained["variant"]][1]
+        expected = {name: each.default for name, each in options.items() if name != "num_epochs"} | changes
+        found = {name: trained["hyperparameters"].get(name, options[name].default) for name in expected}
+        assert json.dumps(found) == json.dumps(expected), config
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("step*/*.csv")), ids=lambda path: path.name)
+def test_tables_of_runs_are_those_of_their_metrics(path):
+    """Each mean is over the metrics.json of the variant's runs, where they are committed."""
+    for row in files.read_csv(path):
+        folders = [*path.with_suffix("").glob(f"seed_*/**/{row.get('variant')}/metrics.json")]
+        for key in ("frechet_distance", "test_nll") if len(folders) == row.get("seeds") else ():
+            values = [entry[key]["value"] for entry in map(files.read_json, folders) if key in entry]
+            if values:
+                assert row[f"{key}_mean"] == pytest.approx(statistics.fmean(values), rel=1e-5), (path, row)

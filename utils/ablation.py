@@ -56,14 +56,14 @@ class Planned:
         return f"{self.name or 'default'}, seed {self.seed}", words
 
 
-def run_all(step, folder, args, argv):
+def run_all(step, folder, args, argv, reported):
     """Train one configuration with several seeds, or with --ablation the default and the variants.
 
     An ablation is there to choose by, so it is evaluated on held-out training images. Each run is a process of its
     own: on the CPU as many at once as there are cores, with one thread each, and one at a time on a GPU. Finished
     runs are kept and interrupted ones go on, unless --restart is given. A run that fails does not stop the others.
     The runs go into ablation/ or seeds/ below the folder, and the table into ablation.csv or seeds.csv beside that.
-    `args` and `argv` are the command line, parsed and as a list.
+    `args` and `argv` are the command line, parsed and as a list. `reported` is the folder of the reported run.
     """
     settings = {**NO_SETTINGS, **getattr(step, "ABLATION", {})}
     top = folder / ("ablation" if args.ablation else "seeds")
@@ -84,7 +84,7 @@ def run_all(step, folder, args, argv):
         keep_flags(top, [*length, *flags])
         runs = [each for name in asked for each in planned[name]]
         to_do = [each for each in runs if args.restart or not each.is_complete()]
-        machine.say(f"{len(to_do)} of {len(runs)} runs to do{duration(step, args, len(to_do))}")
+        machine.say(f"{len(to_do)} of {len(runs)} runs to do{duration(reported, args, len(to_do))}")
         machine.say(f"results go to {top}")
         train_all([each.command(flags, length, args.restart) for each in to_do], args.device)
 
@@ -118,17 +118,12 @@ def num_workers(device):
     return cores if machine.find_device(device).type == "cpu" else 1
 
 
-def duration(step, args, count):
+def duration(reported, args, count):
     """Return how long so many runs take, by the time of the reported run, as text."""
-    path = files.ROOT / "results" / step.STEP / "metrics.json"
-    if not path.exists() or args.dry_run:
+    took = files.metrics_of(reported).get("wall_time")
+    if not took or args.dry_run or not count:
         return ""
-    minutes = (
-        files.read_json(path)["wall_time"]["value"]
-        / 60
-        * count
-        / min(max(1, count), num_workers(args.device))
-    )
+    minutes = took["value"] / 60 * count / min(count, num_workers(args.device))
     return f", at most {minutes:.0f} minutes with the length and speed of the reported run"
 
 

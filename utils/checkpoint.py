@@ -1,5 +1,6 @@
-"""The folder of a training run: its checkpoint, and whether a new run may write there. Also sums of losses."""
+"""The folder of a training run: its checkpoint, its config.json, and whether a new run may write there."""
 
+import itertools
 import math
 import platform
 
@@ -30,11 +31,12 @@ def means_of(batches):
     return means
 
 
-def find(step, folders):
-    """Return the checkpoint of the first of the folders that has one, and its path."""
+def find(step, folder, shorter):
+    """Return the checkpoint in a folder, or in the first of the `shorter` runs' that has one, and its path."""
+    folders = itertools.chain([folder], shorter)
     path = next((path for each in folders if (path := each / "checkpoint.pt").is_file()), None)
     if path is None:
-        raise UserError(f"there is no checkpoint at {folders[0] / 'checkpoint.pt'}: train without --resume")
+        raise UserError(f"there is no checkpoint at {folder / 'checkpoint.pt'}: train without --resume")
     content = files.load_tensors(path, (step,), "checkpoint")
     if content.get("version") != VERSION:
         raise UserError(f"{path} is of another version: begin anew with --restart")
@@ -106,8 +108,8 @@ def require_finite(values, where):
 
 def headline(names, metrics, run):
     """Yield what a run prints at its end: its named metrics, beside those of the reported run where they compare."""
-    path = files.ROOT / "results" / run.step / "metrics.json"
-    reported = files.read_json(path) if path.exists() and run.args.dataset == DATASETS[0] else {}
+    alike = run.args.dataset == DATASETS[0] and not run.args.dry_run
+    reported = files.metrics_of(files.ROOT / "results" / run.step) if alike else {}
     for name in filter(metrics.get, names):
         ours, theirs = metrics[name], reported.get(name, {})
         # Other pixels are on another scale.

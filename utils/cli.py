@@ -5,8 +5,8 @@ A step is a module. It has
     VARIANTS             a dict of name: (question, changed options)
     train                its keyword-only arguments are the options
     train_and_evaluate   called with (run, train_set, test_set); a set is (uint8 images, labels)
-    sample               called with (run, path of model.pt, test_set)
 and perhaps
+    sample               for --sample-only, called with (run, path of model.pt, test_set)
     NETWORK              a class whose keyword-only arguments are options, too
     CONDITIONAL_STEP     the folder with --conditional
     add_flags            called with an argparse group
@@ -72,7 +72,7 @@ def add_run_flags(group):
 def choose_options(parser, args, specs, variants):
     """Return the options of the run, which are defaults, changed by the variant, changed by the flags.
 
-    Also return the options without the flags.
+    A dry run then shortens the training. Also return the options without the flags.
     """
     if args.variant is not None and args.variant not in variants:
         near = nearest(args.variant, variants or ["none"])
@@ -105,6 +105,8 @@ def refuse_contradictions(parser, args, step):
         parser.error("--minutes is not allowed with --epochs")
     if getattr(args, "complete", None) and not args.sample_only:
         parser.error("--complete needs --sample-only: a training completes a digit of each kind")
+    if args.sample_only and not hasattr(step, "sample"):
+        parser.error("there is nothing to draw: leave out --sample-only")
     if several and args.sample_only:
         parser.error("--sample-only draws one run: leave out --ablation and --seeds")
     alone = several or args.minutes or args.sample_only or not hasattr(step, "SEVERAL_PROCESSES")
@@ -140,10 +142,10 @@ def default_folder(step, variant, parts):
 
 
 def shorter_runs(step, variant, parts, num_epochs, usual):
-    """Return the folders of the runs that differ from this one in fewer epochs alone; `usual` is the default."""
+    """Yield the folders of the runs that differ from this one in fewer epochs alone; `usual` is the default."""
     others = [part for part in parts if not part.startswith("epochs=")]
-    counts = reversed(range(1, num_epochs))
-    return [default_folder(step, variant, [*[f"epochs={n}"] * (n != usual), *others]) for n in counts]
+    for n in reversed(range(1, num_epochs)):
+        yield default_folder(step, variant, [*[f"epochs={n}"] * (n != usual), *others])
 
 
 def main(step, argv=None):
@@ -172,7 +174,7 @@ def run_command(step, argv):
         parts = ["ablation", *parts] if parts or args.variant else []
     folder = args.out_dir or default_folder(name, None if args.ablation else args.variant, parts)
     if args.ablation or args.seeds:
-        return ablation.run_all(step, folder, args, argv)
+        return ablation.run_all(step, folder, args, argv, default_folder(name, args.variant, []))
     with contextlib.closing(Run(name, args, options, folder)) as run:
         if args.sample_only:
             # The seed, the number of images and the step's own flags choose what is drawn, not the network.
@@ -181,7 +183,10 @@ def run_command(step, argv):
             path = args.model or default_folder(name, args.variant, trained) / "model.pt"
         else:
             epochs = options["num_epochs"], preset["num_epochs"]
-            run.claim_folder([] if args.out_dir else shorter_runs(name, args.variant, parts, *epochs))
+            shorter = (
+                shorter_runs(name, args.variant, parts, *epochs) if args.resume and not args.out_dir else ()
+            )
+            run.claim_folder(shorter)
         machine.say(f"results go to {folder}")
         sets = load_data(args.data_dir, args.dataset, run.device, args.held_out)
         if args.sample_only:
@@ -200,9 +205,8 @@ def train(step, run, train_set, test_set):
     args = run.args
     length = f"{args.minutes:g} min" if args.minutes else f"{run.options['num_epochs']} epochs"
     line = f"training for {length} on {machine.hardware(run.device)}"
-    reported = default_folder(run.step, args.variant, []) / "metrics.json"
-    if reported.exists() and not args.dry_run:
-        took = files.read_json(reported)["wall_time"]
+    took = files.metrics_of(default_folder(run.step, args.variant, [])).get("wall_time")
+    if took and not args.dry_run:
         line += f"; the reported run took {took['value'] / 60:.0f} min on {took['hardware']}"
     machine.say(line)
     if args.count:

@@ -68,6 +68,12 @@ def read_json(path, hint="train anew"):
         raise UserError(f"{path} cannot be read ({error}): {hint}") from None
 
 
+def metrics_of(folder):
+    """Return the content of metrics.json in a folder, or {} if there is none."""
+    path = folder / "metrics.json"
+    return read_json(path) if path.exists() else {}
+
+
 def csv_text(rows):
     """Write dicts as lines of CSV, below their header. None leaves a cell empty; floats have six digits."""
     text = io.StringIO()

@@ -1,13 +1,15 @@
 """A training run: its epochs and batches, what it records, its checkpoint and its folder.
 
 What is written when:
-    at the start                                        config.json, checkpoint.pt
-    after the last batch of an epoch, or after a signal checkpoint.pt
-    after each evaluation                               the CSV files
-    at the end                                          model.pt, figures, metrics.json, the finished checkpoint.pt
+    at the start                       config.json, checkpoint.pt
+    after a signal in a batch          checkpoint.pt
+    after the last batch of an epoch   checkpoint.pt
+    after the evaluation of an epoch   the CSV files
+    at the end                         model.pt, figures, metrics.json, the CSV files, the finished checkpoint.pt
 
 checkpoint.pt has the rows of the CSV files, too. --resume goes on from it and repeats what came after it: an evaluation
-that was interrupted and, after kill -9, the batches of the epoch.
+that was interrupted and, after kill -9 or a second signal, the batches of the epoch. It refuses a checkpoint of other
+options, another seed or another data set. More epochs are allowed, but not with a schedule (utils/checkpoint.py).
 """
 
 import contextlib
@@ -77,7 +79,7 @@ class Run:
             if not (self.args.resume or self.args.restart):
                 checkpoint.require_free(self.folder, self.step, self.args)
         if self.args.resume:
-            self._content, self._source = checkpoint.find(self.step, [self.folder, *shorter])
+            self._content, self._source = checkpoint.find(self.step, self.folder, shorter)
 
     def resume_or_start(self, **modules):
         """Name all networks, optimisers and schedules, so that checkpoints hold them; with --resume restore them."""
@@ -252,9 +254,7 @@ class Run:
     def _save(self, finished=False):
         modules = {name: each.state_dict() for name, each in self._modules.items()}
         if not files.all_finite(modules):
-            raise UserError(
-                f"the last update of epoch {self._epoch + 1} gave numbers that are not finite: {KEPT}"
-            )
+            raise UserError(f"an update in epoch {self._epoch + 1} gave numbers that are not finite: {KEPT}")
         content = dict(
             step=self.step,
             version=checkpoint.VERSION,

@@ -18,7 +18,7 @@ PLANE_SIDE = 15
 SNAPSHOT_SIDE = 10  # of the latent plane that is kept after an epoch, for training.gif
 WALK_FROM, WALK_TO = (1, 7), (0, 6)  # digits
 WALK_STEPS = 12
-NUM_POSTERIORS = 500  # test images among which posterior.png shows the one with the largest gap
+NUM_POSTERIORS = 200  # test images among which posterior.png shows the one with the largest gap
 # Means over images and draws.
 FORMULAS = dict(
     negative_elbo="-log p(x|z) + KL(q(z|x) || p(z)), one z for each image and draw",

@@ -182,8 +182,9 @@ def save_posterior(path, images, z, posterior, approximation, title):
     """Write images (1, H, W) by label beside p(z|x) as colours and q(z|x) as lines, both on a square grid z (M^2, 2)."""
     side = math.isqrt(len(z))
     x, y, p, q = (each.reshape(side, side).cpu().numpy() for each in (*z.T, posterior, approximation))
-    with new_figure(path, WIDTH, 2.4, 1, 2, width_ratios=[1, 3]) as (_, (left, right)):
-        draw_images(torch.stack([*images.values()]), 1, [*images], axis=left)
+    with new_figure(path, WIDTH, 1.7, 1, 2, width_ratios=[2, 1]) as (_, (left, right)):
+        headings = {name: column for column, name in enumerate(images)}
+        draw_images(torch.stack([*images.values()]), len(images), axis=left, headings=headings)
         right.pcolormesh(x, y, p, cmap="Blues", shading="nearest", rasterized=True)
         right.contour(x, y, q, q.max() * np.exp([-2, -0.5]), colors=COLORS[1])
         right.set(xlabel="$z_1$", ylabel="$z_2$", title=title)

@@ -34,7 +34,7 @@ HEADINGS = dict(
     mixture_nll="NLL without label", latent_dim="latent dimensions", test_negative_elbo="-ELBO (nats)",
     test_kl="KL (nats)", test_bound="importance bound (nats)", test_negative_elbo_grey="-ELBO, grey pixels",
     accuracy_none="grey", accuracy_threshold="thresholded", accuracy_stochastic="stochastic",
-    formula="comparison", usual_seconds="plain (s)", seconds="cached (s)", value="ratio", hardware="on",
+    formula="comparison", usual_seconds="plain (s)", seconds="cached (s)", hardware="on",
 )  # fmt: skip
 # The first run's values per image minus the second's, by the name in comparisons.json.
 COMPARISONS = dict(

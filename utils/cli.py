@@ -44,7 +44,7 @@ def make_parser(step, specs):
 def add_run_flags(group):
     """Add the flags that every step has beside its options."""
     add = group.add_argument
-    minutes = "train for so long instead of a number of epochs; evaluations, figures and metrics come on top"
+    minutes = "train for so long instead of a number of epochs; evaluations, figures and metrics take 1 to 6 minutes more"
     add("--minutes", type=number(1e-9, float), metavar="M", help=minutes)
     add("--seed", type=number(0), default=0, metavar="N", help="seed of all random numbers (0)")
     what = "auto is cuda where there is one, else cpu"

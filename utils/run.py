@@ -129,7 +129,7 @@ class Run:
     @property
     def epochs_done(self):
         """The number of epochs so far; with a fraction, such as 2.2, where --minutes cut the last one short."""
-        return round(self._done, 2) if self._done % 1 else int(self._done)
+        return (round(self._done, 2) or 0.01) if self._done % 1 else int(self._done)
 
     def is_last(self):
         """Tell whether the training has no further batch."""

@@ -96,16 +96,20 @@ def check_causality(network, x, pixels, what):
 
 
 def masked_calls(network, classes, x):
-    """Run a network; return (layer, input, other arguments) of its masked layers, without those inside others."""
-    calls = []
+    """Run a network; return (layer, input, other arguments) of its masked layers, without calls inside other ones."""
+    calls, under_way = [], []
+
+    def begin(layer, args, kwargs):
+        if not under_way:
+            calls.append((layer, args[0].detach().clone(), [*args[1:], *kwargs.values()]))
+        under_way.append(layer)
+
+    def end(*_):
+        under_way.pop()
+
     masked = [each for each in network.modules() if isinstance(each, classes)]
-    inner = {id(module) for each in masked for module in each.modules() if module is not each}
-
-    def record(layer, args, kwargs):
-        calls.append((layer, args[0].detach().clone(), [*args[1:], *kwargs.values()]))
-
-    outer = [each for each in masked if id(each) not in inner]
-    hooks = [each.register_forward_pre_hook(record, with_kwargs=True) for each in outer]
+    hooks = [each.register_forward_pre_hook(begin, with_kwargs=True) for each in masked]
+    hooks += [each.register_forward_hook(end) for each in masked]
     network(x)
     for hook in hooks:
         hook.remove()

@@ -16,6 +16,7 @@ and perhaps
 
 import contextlib
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -140,9 +141,11 @@ def default_folder(step, variant, parts):
 
 
 def shorter_runs(step, variant, parts, num_epochs, usual):
-    """Return the folders of the runs that differ from this one in fewer epochs alone; `usual` is the default."""
+    """Return the folders of runs that differ from this one in fewer epochs alone, the `usual` number or one found."""
     others = [part for part in parts if not part.startswith("epochs=")]
-    counts = reversed(range(1, num_epochs))
+    names = [each.name for each in (default_folder(step, variant, []) / "runs").glob("epochs=*")]
+    found = {usual, *(int(count) for name in names for count in re.findall(r"^epochs=(\d+)", name))}
+    counts = sorted((n for n in found if n < num_epochs), reverse=True)
     return [default_folder(step, variant, [*[f"epochs={n}"] * (n != usual), *others]) for n in counts]
 
 
@@ -201,8 +204,8 @@ def train(step, run, train_set, test_set):
     length = f"{args.minutes:g} min" if args.minutes else f"{run.options['num_epochs']} epochs"
     line = f"training for {length} on {machine.hardware(run.device)}"
     reported = default_folder(run.step, args.variant, []) / "metrics.json"
-    if reported.exists() and not args.dry_run:
-        took = files.read_json(reported)["wall_time"]
+    took = files.read_json(reported).get("wall_time") if reported.exists() else None
+    if took and not args.dry_run:
         line += f"; the reported run took {took['value'] / 60:.0f} min on {took['hardware']}"
     machine.say(line)
     if args.count:

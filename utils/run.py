@@ -290,9 +290,7 @@ class Run:
             what = "the batches since the last checkpoint" if in_batches else "this evaluation"
             raise machine.Stopped(number, f"--resume goes on and repeats {what}")
         self._signal = number
-        machine.say(
-            "\nstopping after this batch or evaluation; a second signal stops at once", file=sys.stderr
-        )
+        machine.say("\nstopping after this batch or evaluation; a second signal stops now", file=sys.stderr)
 
     def _stop_if_asked(self):
         """Save and stop after a signal to any of the processes, all at the same place: others would wait in vain."""

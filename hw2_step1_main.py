@@ -184,6 +184,8 @@ def load_model(path, device="cpu"):
 
 def train_and_evaluate(run, train_set, test_set):
     (images, _), (test_images, _) = train_set, test_set
+    if run.options["kinds"] > run.options["dim_z"]:
+        raise files.UserError(f"--kinds {run.options['kinds']} is more than --dim-z {run.options['dim_z']}")
     generator = train_main_loop(run, images, test_images, **run.options)
     dim_z, channels, kinds = (run.options[name] for name in ("dim_z", "g_channels", "kinds"))
     run.save_model(generator, dim_z=dim_z, channels=channels, kinds=kinds)

@@ -52,7 +52,10 @@ def main(argv=None):
         if not args.report.is_file():
             raise UserError(f"there is no {args.report}: build it with latexmk, or name another --report")
         name = f"{args.lastname}_EE8520_F25"
-        outputs = {f"{name}.pdf": args.report.read_bytes(), f"{name}.zip": archive(name)}
+        try:
+            outputs = {f"{name}.pdf": args.report.read_bytes(), f"{name}.zip": archive(name)}
+        except OSError as error:
+            raise UserError(f"{error.filename} cannot be read ({error.strerror}): mend it first") from None
         make_folder(args.out_dir)
         for file, content in outputs.items():
             write_atomically(args.out_dir / file, content)

@@ -6,9 +6,11 @@ run goes on.
 
 import functools
 import os
+import shutil
 import signal
 import sys
 import warnings
+from functools import partial
 from io import FileIO
 from pathlib import Path
 
@@ -141,6 +143,20 @@ def interrupt_evaluation(epoch, number=signal.SIGINT, setting=setattr):
         print_epoch(self, *values)
 
     setting(Run, "print_epoch", interrupted)
+
+
+def remove_folder(folder, after):
+    """Remove the folder of the run in the batch of number 6, or when an epoch has been printed."""
+    if after == "batch":
+        in_batch(6, partial(shutil.rmtree, folder))
+        return
+    print_epoch = Run.print_epoch
+
+    def removing(self, *values):
+        print_epoch(self, *values)
+        shutil.rmtree(folder)
+
+    Run.print_epoch = removing
 
 
 def ignore_hang_up():

@@ -174,6 +174,18 @@ def test_finished_runs_are_kept_and_interrupted_ones_go_on(call_step, pretend, m
     assert_refused(call_step(step1, *flags, tmp_path, "--minutes", "4"), "have the flags", "--out-dir")
 
 
+def test_damaged_files_of_earlier_runs(call_step, pretend, tmp_path):
+    """The flags of the runs are refused in one line; a run whose config.json says no options is made anew."""
+    flags = ["--seeds", 1, "--out-dir", tmp_path]
+    assert call_step(step1, *flags).returncode == 0
+    (tmp_path / "seeds" / "seed_0" / "config.json").write_text("{}")
+    assert (
+        call_step(step1, *flags).returncode == 0 and len(pretend.runs) == 1
+    )  # the default changes no option
+    (tmp_path / "seeds" / "flags.json").write_text("{")
+    assert_refused(call_step(step1, *flags), "flags.json cannot be read")
+
+
 def test_a_run_that_fails_does_not_keep_the_others(pretend, monkeypatch, capsys, tmp_path):
     """Nor does a reason that the terminal cannot print."""
     pretend.failing = ("no-dropout",)

@@ -198,3 +198,15 @@ def test_the_command_of_a_run_names_no_place_of_this_machine(call_step, bare_ste
     assert f"--out-dir {os.path.join('results', 'runs')} " in command
     for path in RESULTS.glob("*/config.json"):
         assert not any(map(os.path.isabs, config(path.parent).get("command", "").split())), path
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--kinds", 17], "--kinds 17 is more than --dim-z 16"),
+        (["--dim-z", 2**63 - 1], "too little memory"),
+        (["--g-channels", 2**63 - 1], "too little memory"),
+    ],
+)
+def test_numbers_that_make_no_network_are_refused(flags, words, call_step, bare_steps, tmp_path):
+    assert_refused(call_step(step1, "--dry-run", "--out-dir", tmp_path, *flags), words)

@@ -74,3 +74,26 @@ def test_folders_that_do_not_compare_are_refused(trained, tmp_path, capsys):
     assert "one step" in capsys.readouterr().err
     assert compare.main([]) == 0
     assert "step2_pixelcnn" in capsys.readouterr().out
+
+
+def test_files_that_a_run_lacks_are_named(trained, runs, tmp_path, capsys):
+    """Metrics are printed all the same if only the figure lacks something."""
+
+    def refused(*folders):
+        assert compare.main([*map(str, folders), "--out-dir", str(tmp_path)]) == 2
+        printed = capsys.readouterr()
+        assert len(printed.err.splitlines()) == 1
+        return printed
+
+    (runs[1] / "samples.png").write_text("no picture")
+    printed = refused(*runs[:2])
+    assert "test nll" in printed.out and "samples.png" in printed.err
+    (runs[0] / "losses.csv").unlink()
+    assert "losses.csv" in refused(runs[0]).err
+    (runs[1] / "per_image.npz").write_text("no archive")
+    assert "per_image.npz is damaged" in refused(*runs[:2]).err
+    (runs[2] / "config.json").write_text('{"step": "step2_pixelcnn"}')
+    assert "config.json in" in refused(runs[2]).err
+    (runs[0] / "metrics.json").write_text("{}")
+    assert "lacks speed" in refused(runs[0]).err
+    assert "there is no folder" in refused("x" * 300).err

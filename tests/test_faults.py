@@ -167,6 +167,18 @@ def test_a_file_that_another_program_holds(name, start, whole, tmp_path):
     assert_same_run(tmp_path, whole("gan")[0])
 
 
+@pytest.mark.parametrize("after", ["batch", "epoch"])
+def test_a_folder_that_is_removed_while_the_run_writes(after, start, whole, tmp_path):
+    """It is made again, with every file."""
+    folder = tmp_path / "run"
+    remove = partial(children.remove_folder, folder, after)
+    flags = ["--batch-size", 8, "--out-dir", folder]
+    done = start(children.train, "gan", flags, *SHORT, remove).end()
+    assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
+    assert_same_run(folder, whole("gan")[0])
+    assert (folder / "config.json").exists()
+
+
 def test_read_only_folder_is_said_before_the_training(disk, call_step, bare_steps):
     (disk / "trained").mkdir()
     flags = [*FLAGS["vae"], "--dry-run", "--batch-size", 8, "--out-dir"]

@@ -81,3 +81,16 @@ def test_both_files(monkeypatch, tmp_path, capsys):
 def test_a_name_that_is_no_file_name_is_refused(name, tmp_path, capsys):
     assert hand_in.main([f"--lastname={name}", "--out-dir", str(tmp_path / "out")]) == 2
     assert "--lastname" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_file_that_cannot_be_read_is_named(monkeypatch, tmp_path, capsys):
+    def unreadable(top):
+        raise PermissionError(13, "Permission denied", "data/secret.gz")
+
+    monkeypatch.setattr(hand_in, "archive", unreadable)
+    report = tmp_path / "own.pdf"
+    report.write_bytes(b"own")
+    assert (
+        hand_in.main(["--lastname", "Doe", "--report", str(report), "--out-dir", str(tmp_path / "out")]) == 2
+    )
+    assert "data/secret.gz cannot be read" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -89,6 +89,20 @@ def test_a_signal_to_one_of_two_processes_and_resume(train_by_two, tmp_path):
     assert losses(cut) == pytest.approx(losses(tmp_path / "whole"), rel=1e-6)
 
 
+@pytest.mark.parametrize("epoch, position", [(1, (1, 3)), (2, (2, 3))])
+def test_a_signal_in_an_evaluation_stops_all_after_it(epoch, position, train_by_two, tmp_path):
+    """Also after the last epoch. No process is left waiting, and the evaluation is not repeated."""
+    flags = ["--batch-size", 8, "--out-dir", tmp_path]
+    hooks = children.draw_nothing, partial(children.interrupt_evaluation, epoch)
+    for done in train_by_two("pixelcnn", flags, *hooks):
+        assert done.returncode == 130 and "Traceback" not in done.stderr, done.stderr
+    whole_epochs, batches, *_ = content(tmp_path, "checkpoint.pt")["position"]
+    assert (whole_epochs + (batches > 0), batches) == position
+    resumed = train_by_two("pixelcnn", [*flags, "--resume"], children.draw_nothing)
+    assert [each.returncode for each in resumed] == [0, 0], resumed[0].stderr
+    assert len(losses(tmp_path)) == 5  # without the training images before the training
+
+
 def test_a_batch_smaller_than_the_number_of_processes_is_refused(train_by_two, tmp_path):
     flags = ["--batch-size", 1, "--out-dir", tmp_path]
     for done in train_by_two("pixelcnn", flags, children.draw_nothing):

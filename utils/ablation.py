@@ -37,7 +37,7 @@ class Planned:
     def is_begun(self):
         """Tell whether the folder has a run with these options. A variant may have been edited meanwhile."""
         path = self.folder / "config.json"
-        theirs = files.read_json(path)["hyperparameters"] if path.exists() else {}
+        theirs = files.read_json(path).get("hyperparameters", {}) if path.exists() else {}
         wanted = json.loads(json.dumps(self.changes))  # tuples as lists
         return path.exists() and wanted.items() <= theirs.items()
 
@@ -52,7 +52,7 @@ class Planned:
         words += [] if "num_epochs" in self.changes else length
         words += ["--variant", self.name] if self.name else []
         if (self.folder / "checkpoint.pt").exists():
-            words += ["--resume" if self.is_begun() and not restart else "--restart"]
+            words += ["--resume" if not restart and self.is_begun() else "--restart"]
         return f"{self.name or 'default'}, seed {self.seed}", words
 
 
@@ -182,7 +182,10 @@ def report(process, name, errors):
 def keep_flags(folder, flags):
     """Write the flags of the runs into flags.json. Earlier runs in the folder must have the same flags."""
     path = folder / "flags.json"
-    kept = json.loads(path.read_text()) if path.exists() else flags
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else flags
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): remove it, or name another --out-dir") from None
     if kept != flags:
         theirs = " ".join(kept) or "(none)"
         raise UserError(f"the runs in {folder} have the flags {theirs}: take these or another --out-dir")

@@ -14,7 +14,7 @@ from utils import files, machine, parallel
 from utils.data import DATASETS
 from utils.files import UserError
 
-VERSION = 5  # of the layout of checkpoint.pt
+VERSION = 6  # of the layout of checkpoint.pt
 KEPT = "the checkpoint before it is kept; lower the learning rate or choose another --seed"
 
 

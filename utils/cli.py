@@ -16,6 +16,7 @@ and perhaps
 
 import contextlib
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -142,10 +143,12 @@ def default_folder(step, variant, parts):
 
 
 def shorter_runs(step, variant, parts, num_epochs, usual):
-    """Yield the folders of the runs that differ from this one in fewer epochs alone; `usual` is the default."""
+    """Return the folders of runs that differ from this one in fewer epochs alone, the `usual` number or one found."""
     others = [part for part in parts if not part.startswith("epochs=")]
-    for n in reversed(range(1, num_epochs)):
-        yield default_folder(step, variant, [*[f"epochs={n}"] * (n != usual), *others])
+    names = [each.name for each in (default_folder(step, variant, []) / "runs").glob("epochs=*")]
+    found = {usual, *(int(count) for name in names for count in re.findall(r"^epochs=(\d+)", name))}
+    counts = sorted((n for n in found if n < num_epochs), reverse=True)
+    return [default_folder(step, variant, [*[f"epochs={n}"] * (n != usual), *others]) for n in counts]
 
 
 def main(step, argv=None):

@@ -5,8 +5,10 @@ It prints what differs in the options, and each metric with its error and whethe
 beside them, into compare.png. Without a folder it lists the runs of each step.
 """
 
+import os
 import statistics
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,10 @@ from utils.files import ROOT, UserError
 from utils.options import ArgumentParser, folder
 
 SAME_SCALE = ("unit", "formula", "binarization", "pixels", "test_images", "samples", "against")
+CONFIG, LENGTH = (
+    {"step", "hyperparameters", "dataset", "evaluated_on", "seed"},
+    {"speed", "wall_time"},
+)  # needed
 LOSS = {"step1": "d_loss", "step2": "test_nll", "step3": "test_elbo"}  # column of losses.csv
 # Words in the names of metrics that are better if they are higher, and if they are lower.
 HIGHER = ("score", "precision", "recall", "coverage", "accuracy", "recognised", "parzen", "smallest_share")
@@ -29,11 +35,19 @@ class Compared:
     """A folder of a run, or of the runs of --seeds."""
 
     def __init__(self, path):
+        if not os.path.isdir(path):
+            raise UserError(f"there is no folder {path}: name the folder of a run")
         self.path, self.folders = path, sorted(path.glob("seeds/seed_*")) or [path]
-        if not all((each / "metrics.json").exists() for each in self.folders):
+        if not all(os.path.exists(each / "metrics.json") for each in self.folders):
             raise UserError(f"{path} holds no finished run: it lacks metrics.json")
         self.config = files.read_json(self.folders[0] / "config.json")
         self.metrics = [files.read_json(each / "metrics.json") for each in self.folders]
+        for file, keys, content in [
+            ("config", CONFIG, self.config),
+            *(("metrics", LENGTH, each) for each in self.metrics),
+        ]:
+            if not keys <= content.keys():
+                raise UserError(f"{file}.json in {path} lacks {min(keys - content.keys())}: name another run")
         self.step, self.options = self.config["step"], self.config["hyperparameters"]
         self.data = self.config["dataset"], self.config["evaluated_on"]
         self.images_seen = round(self.values("speed")[0] * self.values("wall_time")[0])
@@ -47,8 +61,13 @@ def per_image(folder, name):
     path = folder / "per_image.npz"
     if not path.exists():
         return None, None
-    with np.load(path) as content:
-        return (content[name].mean(0).tolist(), str(content["pixels"])) if name in content else (None, None)
+    try:
+        with np.load(path) as content:
+            return (
+                (content[name].mean(0).tolist(), str(content["pixels"])) if name in content else (None, None)
+            )
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        raise UserError(f"{path} is damaged: train anew or remove it") from None
 
 
 def difference(run, reference, name):
@@ -150,7 +169,10 @@ def main(argv=None):
         for line in report(runs):
             machine.say(line)
         files.make_folder(args.out_dir)
-        draw(args.out_dir / "compare.png", runs)
+        try:
+            draw(args.out_dir / "compare.png", runs)
+        except OSError as error:  # tables of runs to choose by are kept without their losses and samples
+            raise UserError(f"there is no figure: a run's file cannot be read ({error})") from None
         machine.say(f"figure in {args.out_dir / 'compare.png'}")
 
     return exit_code(work, "compare.py")

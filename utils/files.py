@@ -45,6 +45,7 @@ def write_atomically(path, content):
     temporary = path.with_name(path.name + ".tmp")
     try:
         with _writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed it meanwhile
             with open(temporary, "wb") as file:
                 file.write(content)
                 file.flush()
@@ -218,7 +219,9 @@ def options_of(path):
 
 def lacks_memory(error):
     """Tell whether an exception means that a tensor did not fit into memory."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+    words = ("DefaultCPUAllocator", "Storage size calculation overflowed")  # of torch, on the CPU
+    of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return of_memory or any(each in str(error) for each in words)
 
 
 def all_finite(value):

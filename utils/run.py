@@ -89,8 +89,9 @@ class Run:
             machine.say(f"resuming after {self.epochs_done} epochs")
         self._open.enter_context(machine.catch_signals(self._on_signal))
         self._open.enter_context(self._clock)
+        self._config = checkpoint.describe(self)
         if parallel.is_first():
-            files.write_json(self.folder / "config.json", checkpoint.describe(self))
+            files.write_json(self.folder / "config.json", self._config)
         if not self.args.resume:
             self._save()
 
@@ -112,6 +113,7 @@ class Run:
         speed, what = self.images_seen / seconds, "images seen / wall time"
         metrics["speed"] = files.metric(speed, "training images per second", what)
         lines = [*checkpoint.headline(headline, metrics, self)]  # before the reported metrics may be replaced
+        files.write_json(self.folder / "config.json", self._config)  # again: the folder may have been removed
         files.write_json(self.folder / "metrics.json", metrics)
         self._write_tables()
         self._save(finished=True)
@@ -152,12 +154,12 @@ class Run:
                 self._batch = self._num_batches
                 self._save()
             self._write_tables()
+            self._stop_if_asked()
 
     def batches(self, *tensors, batch_size):
         """Yield the shuffled batches of an epoch, with a progress bar, then save a checkpoint.
 
-        A resumed epoch skips the batches that it has done. Of several processes each gets its part of the batch. After
-        a signal, finish the batch, save and stop.
+        A resumed epoch skips the batches that it has done. Of several processes each gets its part of the batch.
         """
         chosen = shuffled_batches(len(tensors[0]), batch_size, self.args.seed, self._epoch)
         self._num_batches = len(chosen)
@@ -286,14 +288,14 @@ class Run:
 
     def _on_signal(self, number, _):
         in_batches = self._batch_clock.started is not None
-        if self._signal or not in_batches:
+        if self._signal or not (in_batches or parallel.num_processes() > 1):
             what = "the batches since the last checkpoint" if in_batches else "this evaluation"
             raise machine.Stopped(number, f"--resume goes on and repeats {what}")
         self._signal = number
-        machine.say("\nstopping after this batch; a second signal stops at once", file=sys.stderr)
+        machine.say("\nstopping after this batch or evaluation; a second signal stops now", file=sys.stderr)
 
     def _stop_if_asked(self):
-        """Save and stop after a signal to any of the processes, all of them after the same batch."""
+        """Save and stop after a signal to any of the processes, all at the same place: others would wait in vain."""
         number = int(parallel.largest(self._signal or 0, self.device))
         if number:
             self._save()

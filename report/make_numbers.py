@@ -38,7 +38,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "report"
 # The runs that the skeleton can have, and their folders, chosen with --results.
-NAMES = ("step1", "step2", "step2_conditional", "step3", "step1_ablation", "step3_ablation")
+NAMES = {"step1": "step1_gan", "step2": "step2_pixelcnn", "step2_conditional": "step2_conditional_pixelcnn"}
+NAMES |= {"step3": "step3_vae", "step1_ablation": "step1_gan", "step3_ablation": "step3_vae"}
 choice = {}
 
 
@@ -218,6 +219,10 @@ def main(argv=None):
             needed = "ablation.csv" if name.endswith("_ablation") else "config.json"
             if name not in NAMES or not (ROOT / path / needed).exists():
                 parser.error(f"{text!r}: NAME is one of {', '.join(NAMES)}, FOLDER has {needed}")
+            config = ROOT / path / "config.json"
+            found = json.loads(config.read_text()).get("step") if config.exists() else None
+            if found in NAMES.values() and found != NAMES[name]:
+                parser.error(f"{text!r}: the run is of {found}, not of {NAMES[name]}")
             choice[name] = path.as_posix()
         kept.write_text(json.dumps(choice, indent=2) + "\n")
     for name, text in make_files(document).items():

@@ -122,12 +122,16 @@ def report(runs):
         yield describe(number, run, reference)
     compared = {number: run for number, run in enumerate(runs) if run.data == reference.data}
     for name, entry in reference.metrics[0].items():
+        if name == "test_bits":  # the NLL in other units
+            continue
         cells = []
         for number, run in compared.items():
             if values := run.values(name):
                 beside = f" ({verdict(run, reference, name)})" if number else ""
                 cells.append(f"[{number}] {statistics.fmean(values):.5g}{beside}")
         yield f"{name.replace('_', ' ')}, {entry['unit']}: {'  '.join(cells)}"
+    if any(run.config.get("dry_run") for run in runs):
+        yield "the numbers of dry runs mean nothing"
 
 
 def draw(path, runs):
@@ -145,7 +149,8 @@ def draw(path, runs):
             axis.set_title(f"[{number}]")
             axis.axis("off")
         axes[0].set(xlabel="epoch", ylabel=column.replace("_", " "))
-        axes[0].legend()
+        axes[0].xaxis.get_major_locator().set_params(integer=True)
+        axes[0].legend(loc="lower left", bbox_to_anchor=(0, 1))
 
 
 def main(argv=None):

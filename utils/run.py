@@ -7,9 +7,9 @@ What is written when:
     after the evaluation of an epoch   the CSV files
     at the end                         model.pt, figures, metrics.json, the CSV files, the finished checkpoint.pt
 
-checkpoint.pt has the rows of the CSV files, too. --resume goes on from it and repeats what came after it: an evaluation
-that was interrupted and, after kill -9 or a second signal, the batches of the epoch. It refuses a checkpoint of other
-options, another seed or another data set. More epochs are allowed, but not with a schedule (utils/checkpoint.py).
+checkpoint.pt has the rows of the CSV files, too. --resume repeats what came after it: an evaluation that was interrupted
+and, after kill -9 or a second signal, the batches of the epoch. It refuses other options, another seed or data set, and
+fewer epochs; with a schedule also more (utils/checkpoint.py).
 """
 
 import contextlib
@@ -52,10 +52,9 @@ class Run:
         self._epoch, self._batch, self._num_batches, self._evaluated = 0, 0, 1, True
         self._lines, self._of_epoch, self._of_row = {}, [], []  # of tables by name; losses of batches
         self._clock, self._batch_clock = machine.Clock(), machine.Clock()  # the second stands in evaluations
-        self._modules = {}
         self._open = contextlib.ExitStack()  # the lock on the folder, and the handling of signals
         self.close = self._open.close
-        self._content = self._signal = None
+        self._modules, self._content, self._signal = {}, None, None
         self._num_epochs = options["num_epochs"]
         self._of_all = "" if args.minutes else f"/{self._num_epochs}"
         flags = ("seed", "minutes", "dry_run", "held_out", "dataset")  # compared by --resume
@@ -89,9 +88,8 @@ class Run:
             machine.say(f"resuming after {self.epochs_done} epochs")
         self._open.enter_context(machine.catch_signals(self._on_signal))
         self._open.enter_context(self._clock)
-        self._config = checkpoint.describe(self)
         if parallel.is_first():
-            files.write_json(self.folder / "config.json", self._config)
+            files.write_json(self.folder / "config.json", checkpoint.describe(self))
         if not self.args.resume:
             self._save()
 
@@ -113,7 +111,7 @@ class Run:
         speed, what = self.images_seen / seconds, "images seen / wall time"
         metrics["speed"] = files.metric(speed, "training images per second", what)
         lines = [*checkpoint.headline(headline, metrics, self)]  # before the reported metrics may be replaced
-        files.write_json(self.folder / "config.json", self._config)  # again: the folder may have been removed
+        files.write_json(self.folder / "config.json", checkpoint.describe(self))  # if the folder was removed
         files.write_json(self.folder / "metrics.json", metrics)
         self._write_tables()
         self._save(finished=True)

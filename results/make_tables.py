@@ -15,6 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
+
 import hw2_step1_main as step1
 import hw2_step2_main as step2
 import hw2_step3_main as step3
@@ -177,7 +179,32 @@ def comparisons(root):
             value, error = differ.paired(first, second)
             formula = f"{' minus '.join(sides)}, mean over test images with equal pixels"
             entries[name] = metric(value, "nats per image", formula, standard_error=error)
-    return json.dumps(entries, indent=2) + "\n"
+    return json.dumps(entries | gap_correlations(root), indent=2) + "\n"
+
+
+def gap_correlations(root):
+    """Return how the gap D(x) - D(G(z)) ranks the GAN's ablation, on each side of the default's gap.
+
+    Spearman's rank correlations over settings, whose gaps are at most or at least the default's.
+    """
+    rows = read_csv(root / "results/step1_gan/ablation.csv")
+    rows = [row for row in rows if row["variant"] != "no-average"]  # whose trainings are the default's
+    gaps = [row["d_real_mean"] - row["d_fake_mean"] for row in rows]
+    formula, entries = "Spearman's rank correlation of the gap and the {}, settings with a {} gap", {}
+    for side, sign in (("smaller", -1), ("larger", 1)):
+        chosen = [index for index, gap in enumerate(gaps) if sign * gap >= sign * gaps[0]]
+        for key in ("coverage", "frechet_distance"):
+            pairs = [
+                rank([values[i] for i in chosen]) for values in (gaps, [row[f"{key}_mean"] for row in rows])
+            ]
+            value = torch.corrcoef(torch.tensor(pairs, dtype=torch.float64))[0, 1].item()
+            more = dict(settings=len(chosen))
+            entries[f"gap_{key}_{side}"] = metric(value, "1", formula.format(key, side), **more)
+    return entries
+
+
+def rank(values):
+    return [sorted(values).index(value) for value in values]
 
 
 def outdated(root):

@@ -156,6 +156,12 @@ def main(step, argv=None):
     return exit_code(lambda: run_command(step, argv or []), Path(step.__file__).name)
 
 
+def list_variants(variants):
+    for name, (question, changes) in variants.items():
+        shown = ", ".join(f"{key}={value}" for key, value in changes.items())
+        machine.say(f"{name:20}{question} ({shown})")
+
+
 def run_command(step, argv):
     """Choose the options and the folder, then train, draw, or start several runs."""
     specs = read_options(step.train) | (read_options(step.NETWORK) if hasattr(step, "NETWORK") else {})
@@ -164,10 +170,7 @@ def run_command(step, argv):
     refuse_contradictions(parser, args, step)
     options, preset = choose_options(parser, args, specs, step.VARIANTS)
     if args.list_variants:
-        for name, (question, changes) in step.VARIANTS.items():
-            shown = ", ".join(f"{key}={value}" for key, value in changes.items())
-            machine.say(f"{name:20}{question} ({shown})")
-        return
+        return list_variants(step.VARIANTS)
     words = [each.replace(f"{ROOT}{os.sep}", "") for each in argv if each not in ("--resume", "--restart")]
     args.command = " ".join([parser.prog, *words])  # the same for a run that was interrupted
     name = step.CONDITIONAL_STEP if getattr(args, "conditional", False) else step.STEP

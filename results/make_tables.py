@@ -187,8 +187,11 @@ def gap_correlations(root):
 
     Spearman's rank correlations over settings, whose gaps are at most or at least the default's.
     """
-    rows = read_csv(root / "results/step1_gan/ablation.csv")
-    rows = [row for row in rows if row["variant"] != "no-average"]  # whose trainings are the default's
+    path = root / "results/step1_gan/ablation.csv"
+    if not path.exists():
+        return {}
+    # The trainings of no-average are the default's.
+    rows = [row for row in read_csv(path) if row["variant"] != "no-average"]
     gaps = [row["d_real_mean"] - row["d_fake_mean"] for row in rows]
     formula, entries = "Spearman's rank correlation of the gap and the {}, settings with a {} gap", {}
     for side, sign in (("smaller", -1), ("larger", 1)):

@@ -88,8 +88,9 @@ class Run:
             machine.say(f"resuming after {self.epochs_done} epochs")
         self._open.enter_context(machine.catch_signals(self._on_signal))
         self._open.enter_context(self._clock)
+        self._config = checkpoint.describe(self)  # while all processes are there
         if parallel.is_first():
-            files.write_json(self.folder / "config.json", checkpoint.describe(self))
+            files.write_json(self.folder / "config.json", self._config)
         if not self.args.resume:
             self._save()
 
@@ -111,7 +112,7 @@ class Run:
         speed, what = self.images_seen / seconds, "images seen / wall time"
         metrics["speed"] = files.metric(speed, "training images per second", what)
         lines = [*checkpoint.headline(headline, metrics, self)]  # before the reported metrics may be replaced
-        files.write_json(self.folder / "config.json", checkpoint.describe(self))  # if the folder was removed
+        files.write_json(self.folder / "config.json", self._config)  # if the folder was removed
         files.write_json(self.folder / "metrics.json", metrics)
         self._write_tables()
         self._save(finished=True)
@@ -155,10 +156,7 @@ class Run:
             self._stop_if_asked()
 
     def batches(self, *tensors, batch_size):
-        """Yield the shuffled batches of an epoch, with a progress bar, then save a checkpoint.
-
-        A resumed epoch skips the batches that it has done. Of several processes each gets its part of the batch.
-        """
+        """Yield the shuffled batches of an epoch that are still to do, with a progress bar, then save a checkpoint."""
         chosen = shuffled_batches(len(tensors[0]), batch_size, self.args.seed, self._epoch)
         self._num_batches = len(chosen)
         if len(chosen[-1]) < parallel.num_processes():

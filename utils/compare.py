@@ -20,7 +20,8 @@ from utils.figures import WIDTH, new_figure
 from utils.files import ROOT, UserError
 from utils.options import ArgumentParser, folder
 
-SAME_SCALE = ("unit", "formula", "binarization", "pixels", "test_images", "samples", "against")
+DATA = ("dataset", "evaluated_on")
+SAME_SCALE = ("data", "unit", "formula", "binarization", "pixels", "test_images", "samples", "against")
 LOSS = {"step1": "d_loss", "step2": "test_nll", "step3": "test_elbo"}  # column of losses.csv
 # Words in the names of metrics that are better if they are higher, and if they are lower.
 HIGHER = ("score", "precision", "recall", "coverage", "accuracy", "recognised", "parzen", "smallest_share")
@@ -38,8 +39,8 @@ class Compared:
         self.metrics = [files.read_json(each / "metrics.json", hint) for each in self.folders]
         config = files.read_json(self.folders[0] / "config.json", hint)
         try:
-            self.step, self.options = config["step"], {**config["hyperparameters"], "seed": config["seed"]}
-            self.data, self.is_dry_run = (config["dataset"], config["evaluated_on"]), config.get("dry_run")
+            self.step, self.data = config["step"], [config[name] for name in DATA]
+            self.options = {**config["hyperparameters"], **{name: config[name] for name in ("seed", *DATA)}}
             speed, seconds = (self.metrics[0][name]["value"] for name in ("speed", "wall_time"))
         except KeyError as error:
             raise UserError(f"config.json or metrics.json in {path} lacks {error}: {hint}") from None
@@ -72,7 +73,7 @@ def difference(run, reference, name):
     values, others, key = run.values(name), reference.values(name), name.removeprefix("test_")
     several = len(values) + len(others) > 2
     found = None if several else paired_difference(run.folders[0], key, reference.folders[0], key)
-    ours, theirs = (each.metrics[0].get(name, {}) for each in (run, reference))
+    ours, theirs = ({"data": each.data, **each.metrics[0].get(name, {})} for each in (run, reference))
     if found or any(ours.get(key) != theirs.get(key) for key in SAME_SCALE):
         return found
     if several:
@@ -95,35 +96,25 @@ def verdict(run, reference, name):
     return f"{change:+.3g} ± {error:.2g} {word}"
 
 
-def describe(number, run, reference):
-    """Return a line about a run: what differs from the reference, its length and its time."""
-    theirs, count = reference.options, len(run.folders)
-    changed = ", ".join(f"{key}={value}" for key, value in run.options.items() if theirs.get(key) != value)
-    seeds = "1 seed" if count == 1 else f"{count} seeds"
-    minutes = statistics.fmean(run.values("wall_time")) / 60
-    length = f"{seeds}, {run.images_seen:,} training images seen, {minutes:.1f} min"
-    other = "" if run.data == reference.data else f"; not compared: {run.data[1]} of {run.data[0]}"
-    return f"[{number}] {run.path} ({length}): {changed or run.step if number else 'the reference'}{other}"
-
-
 def report(runs):
     """Yield the lines of the comparison; the first of the runs is the reference."""
     reference = runs[0]
     if len({run.images_seen for run in runs}) > 1:
         yield "the runs have unequal lengths, so the comparison is one of lengths, too"
     for number, run in enumerate(runs):
-        yield describe(number, run, reference)
+        theirs, minutes = reference.options, statistics.fmean(run.values("wall_time")) / 60
+        changed = [f"{key}={value}" for key, value in run.options.items() if theirs.get(key) != value]
+        length = f"seeds: {len(run.folders)}, {run.images_seen:,} training images seen, {minutes:.1f} min"
+        yield f"[{number}] {run.path} ({length}): {', '.join(changed) or run.step}"
     for name, entry in reference.metrics[0].items():
         if name == "test_bits":  # the NLL in other units
             continue
-        line = f"{name.replace('_', ' ')}, {entry['unit']}:"
+        cells = [f"{name.replace('_', ' ')}, {entry['unit']}:"]
         for number, run in enumerate(runs):
-            if run.data == reference.data and run.values(name):
+            if run.values(name):
                 beside = f" ({verdict(run, reference, name)})" if number else ""
-                line += f"  [{number}] {statistics.fmean(run.values(name)):.5g}{beside}"
-        yield line
-    if any(run.is_dry_run for run in runs):
-        yield "the numbers of dry runs mean nothing"
+                cells.append(f"[{number}] {statistics.fmean(run.values(name)):.5g}{beside}")
+        yield "  ".join(cells)
 
 
 def draw(path, runs):

@@ -28,7 +28,7 @@ def root(tmp_path, monkeypatch):
     config = dict(step="step1_gan", hardware="CPU_1 100%", hyperparameters=options)
     (run / "metrics.json").write_text(json.dumps(metrics))
     (run / "config.json").write_text(json.dumps(config))
-    (tmp_path / "results" / "comparisons.json").write_text(json.dumps(dict(gain=share, none=None)))
+    (tmp_path / "results" / "comparisons.json").write_text(json.dumps(dict(gain=share)))
     (run / "losses.csv").write_text("iteration,epoch,loss\n1,1,2\n2,1,4\n3,1,\n")
     table = "variant,seeds,nll_mean,nll_std\ndefault,2,10,1\nnarrow,2,8,0.7\nwide-1.5,1,9.3,\n"
     (run / "ablation.csv").write_text(table)
@@ -65,7 +65,6 @@ def test_numbers_of_the_report(call, expected, root):
     [
         r"\val{step9_toy.ell}{1}",
         r"\val{step9_toy.losses.2.loss}{1}",
-        r"\val{comparisons.none}{1}",
         r"\err{step9_toy.nll}{1}",
         r"\calc{[step9_toy.nll.unit] * 2}{1}",
         r"\calc{__import__('os').getcwd()}{1}",

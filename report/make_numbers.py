@@ -180,10 +180,10 @@ def make_files(path):
 
 def is_run(name, folder):
     """Tell whether a folder has a run of the step that STEPS gives a name, or an ablation."""
+    step, config = STEPS.get(name.replace("_ablation", "")), folder / "config.json"
     if name.endswith("_ablation"):
-        return (folder / "ablation.csv").exists()
-    config = folder / "config.json"
-    return name in STEPS and config.exists() and json.loads(config.read_text())["step"] == STEPS[name]
+        return step and (folder / "ablation.csv").exists()
+    return config.exists() and json.loads(config.read_text())["step"] == step
 
 
 def main(argv=None):

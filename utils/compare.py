@@ -21,7 +21,7 @@ from utils.files import ROOT, UserError
 from utils.options import ArgumentParser, folder
 
 DATA = ("dataset", "evaluated_on")
-SAME_SCALE = ("data", "unit", "formula", "binarization", "pixels", "test_images", "samples", "against")
+SAME_SCALE = (*DATA, "unit", "formula", "binarization", "pixels", "test_images", "samples", "against")
 LOSS = {"step1": "d_loss", "step2": "test_nll", "step3": "test_elbo"}  # column of losses.csv
 # Words in the names of metrics that are better if they are higher, and if they are lower.
 HIGHER = ("score", "precision", "recall", "coverage", "accuracy", "recognised", "parzen", "smallest_share")
@@ -39,8 +39,8 @@ class Compared:
         self.metrics = [files.read_json(each / "metrics.json", hint) for each in self.folders]
         config = files.read_json(self.folders[0] / "config.json", hint)
         try:
-            self.step, self.data = config["step"], [config[name] for name in DATA]
-            self.options = {**config["hyperparameters"], **{name: config[name] for name in ("seed", *DATA)}}
+            self.step, self.options = config["step"], config["hyperparameters"]
+            self.options |= {name: config[name] for name in ("seed", *DATA)}
             speed, seconds = (self.metrics[0][name]["value"] for name in ("speed", "wall_time"))
         except KeyError as error:
             raise UserError(f"config.json or metrics.json in {path} lacks {error}: {hint}") from None
@@ -73,7 +73,7 @@ def difference(run, reference, name):
     values, others, key = run.values(name), reference.values(name), name.removeprefix("test_")
     several = len(values) + len(others) > 2
     found = None if several else paired_difference(run.folders[0], key, reference.folders[0], key)
-    ours, theirs = ({"data": each.data, **each.metrics[0].get(name, {})} for each in (run, reference))
+    ours, theirs = ({**each.options, **each.metrics[0].get(name, {})} for each in (run, reference))
     if found or any(ours.get(key) != theirs.get(key) for key in SAME_SCALE):
         return found
     if several:

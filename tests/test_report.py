@@ -52,6 +52,12 @@ def root(tmp_path, monkeypatch):
         (r"\mean{step9_toy.ablation.narrow.nll}{1}", r"8.0 \ensuremath{\pm} 0.7"),
         (r"\calc{[step9_toy.nll] ** 2 / 2 + log(1) - 2 * [step9_toy.nll.floor]}{0}", "762{,}078"),
         (r"\val{step9_toy.hardware}{}", r"CPU\_1 100\%"),
+        (
+            r"\ablation{step9_toy}{nll:1}",
+            r"""\texttt{default} & 10.0 \ensuremath{\pm} 1.0 \\
+\texttt{narrow} & 8.0 \ensuremath{\pm} 0.7 \\
+\texttt{wide-1.5} & 9.3 \\""",
+        ),
     ],
 )
 def test_numbers_of_the_report(call, expected, root):
@@ -76,15 +82,6 @@ def test_a_missing_number_is_named_with_its_place(call, root):
     (root / "report.tex").write_text("\\input{part}\n")
     with pytest.raises(LookupError, match="part.tex:3: " + re.escape(call)):
         make_numbers.make_files(root / "report.tex")
-
-
-def test_ablation_table(root):
-    pm = r" \ensuremath{\pm} "
-    assert make_numbers.ablation("step9_toy", "nll:1, nll:0").splitlines() == [
-        rf"\texttt{{default}} & 10.0{pm}1.0 & 10{pm}1 \\",
-        rf"\texttt{{narrow}} & 8.0{pm}0.7 & 8{pm}1 \\",
-        r"\texttt{wide-1.5} & 9.3 & 9 \\",
-    ]
 
 
 @needs_sources

@@ -74,7 +74,7 @@ def difference(run, reference, name):
     several = len(values) + len(others) > 2
     found = None if several else paired_difference(run.folders[0], key, reference.folders[0], key)
     ours, theirs = ({**each.options, **each.metrics[0].get(name, {})} for each in (run, reference))
-    if found or any(ours.get(key) != theirs.get(key) for key in SAME_SCALE):
+    if found or any(ours.get(each) != theirs.get(each) for each in SAME_SCALE):
         return found
     if several:
         return differ.over_seeds(values, others)

@@ -5,14 +5,13 @@ from torch import nn
 IMAGE_SHAPE = (1, 28, 28)
 NUM_PIXELS = 28 * 28
 NUM_CLASSES = 10
-LEAKY_SLOPE = 0.2
 
 
 def linear_layers(*widths, dropout=None):
     """Make linear layers between consecutive widths, with LeakyReLU and, if given, dropout after each but the last."""
     layers = [nn.Linear(*widths[:2])]
     for inputs, outputs in zip(widths[1:], widths[2:]):
-        layers.append(nn.LeakyReLU(LEAKY_SLOPE))
+        layers.append(nn.LeakyReLU(0.2))
         if dropout is not None:
             layers.append(nn.Dropout(dropout))
         layers.append(nn.Linear(inputs, outputs))

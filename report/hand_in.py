@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.cli import exit_code
-from utils.files import ROOT, UserError, make_folder, write_atomically
+from utils.files import ROOT, UserError, write_atomically
 from utils.machine import say
 from utils.options import ArgumentParser, folder
 
@@ -49,17 +49,15 @@ def main(argv=None):
         args = parser.parse_args(argv or [])
         if not args.lastname.isprintable() or not re.fullmatch(NAME, args.lastname):
             raise UserError(f"no file's name begins with --lastname {args.lastname!a}: take up to 40 letters")
-        if not args.report.is_file():
-            raise UserError(f"there is no {args.report}: build it with latexmk, or name another --report")
         name = f"{args.lastname}_EE8520_F25"
         try:
             outputs = {f"{name}.pdf": args.report.read_bytes(), f"{name}.zip": archive(name)}
         except OSError as error:
-            raise UserError(f"{error.filename} cannot be read ({error.strerror}): mend it first") from None
-        make_folder(args.out_dir)
+            hint = "mend it, or build another --report with latexmk"
+            raise UserError(f"{error.filename} cannot be read ({error.strerror}): {hint}") from None
         for file, content in outputs.items():
             write_atomically(args.out_dir / file, content)
-            say(f"{args.out_dir / file}, {len(content) / 2**20:.1f} MiB")
+            say(f"wrote {args.out_dir / file}")
         if args.report == REPORT:
             say("The PDF is the report of the reference solution. Hand in your own with --report FILE.")
 

@@ -1,7 +1,7 @@
 r"""Write every number of the report or of the skeleton, out of the files of runs; latexmk calls it.
 
 `make_numbers.py --results step1=FOLDER step3=FOLDER --author NAME` chooses the runs of the skeleton and keeps them in
-runs.json. There they are named step1, step2, ...; see NAMES. The report always takes the reported runs.
+runs.json. There they are named as in STEPS, their ablations step1_ablation, ... The report takes the reported runs.
 
 The report names its numbers and never spells them out. A name is the folder of a run, a dot, and what of it:
 
@@ -13,8 +13,7 @@ The report names its numbers and never spells them out. A name is the folder of 
     \err{comparisons.label_gain}{2}                a metric, here of comparisons.json, $\pm$ its standard error
     \mean{step1_gan.ablation.default.parzen}{1}    mean $\pm$ standard deviation over the seeds
     \calc{[step1_gan.wall_time] / 60}{0}           + - * / ** and FUNCTIONS of numbers and of such names
-    \ablation{step1}{parzen:1:max, test_kl:0:min}  for each variant its change, and mean and deviation of metrics with
-                                                   so many decimals; the best, and what equals it, is bold
+    \ablation{step1}{parzen:1, test_kl:0}          for each variant the \mean of metrics, with so many decimals
     \source{models/VAE.py}{kl_divergence}          a function or class of the project, as a listing
     \ownfig{step1}{loss}                           a figure of the run, if TeX has a \figurefile{path}
     \chosen{step1}                                 the run's folder; \chosen{author} is the author
@@ -37,14 +36,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "report"
-# The runs that the skeleton can have, and their folders, chosen with --results.
-NAMES = {"step1": "step1_gan", "step2": "step2_pixelcnn", "step2_conditional": "step2_conditional_pixelcnn"}
-NAMES |= {"step3": "step3_vae", "step1_ablation": "step1_gan", "step3_ablation": "step3_vae"}
+# The runs of the skeleton, whose folders --results chooses, and their steps.
+STEPS = {"step1": "step1_gan", "step2": "step2_pixelcnn", "step2_conditional": "step2_conditional_pixelcnn"}
+STEPS["step3"] = "step3_vae"
 choice = {}
 
 
 def folder_of(run):
-    """Return the folder of a reported run or of one in NAMES. An ablation may lie in the folder of its step."""
+    """Return the folder of a reported run or of a chosen one. An ablation may lie in the folder of its step."""
     return ROOT / (choice.get(run) or choice.get(run.replace("_ablation", ""), f"results/{run}"))
 
 
@@ -117,35 +116,14 @@ def calc(expression, decimals):
 
 
 def ablation(name, columns):
-    rows = read_table(folder_of(name) / "ablation.csv")
-    changed = changes((ROOT / f"hw2_{name[:5]}_main.py").read_text())
-    heads = [rf"\texttt{{{escape(row['variant'])}}} & {changed[row['variant']]}" for row in rows]
-    cells = [over_seeds(rows, *column.split(":")) for column in columns.split(", ")]
-    return "\n".join(" & ".join(line) + r" \\" for line in zip(heads, *cells))
-
-
-def over_seeds(rows, metric, decimals, best):
-    """Write mean and standard deviation of a metric for each row, bold if equal to the `best` (min or max)."""
-    means = [float(row[f"{metric}_mean"]) for row in rows]
-    first = means.index({"min": min, "max": max}[best](means))
-    error = float(rows[first][f"{metric}_std"] or 0) / float(rows[first]["seeds"]) ** 0.5
-    texts = []
-    for row, mean in zip(rows, means):
-        parts = [row[f"{metric}_mean"], row[f"{metric}_std"]]  # a single seed has no deviation
-        text = r" \pm ".join(f"{float(part):.{decimals}f}" for part in parts if part)
-        close = abs(mean - means[first]) <= 2 * 2**0.5 * error
-        texts.append(rf"$\mathbf{{{text}}}$" if close else f"${text}$")
-    return texts
-
-
-def changes(script):
-    """Read the changed defaults of each of a step's VARIANTS, without running the script."""
-    body, changed = ast.parse(script).body, {"default": ""}
-    variants = next(each.value for each in body if ast.unparse(each).startswith("VARIANTS ="))
-    for key, value in zip(variants.keys, variants.values):
-        change = ", ".join(map(ast.unparse, value.elts[1].keywords))
-        changed[key.value] = rf"\texttt{{{escape(change)}}}"
-    return changed
+    lines = []
+    for row in read_table(folder_of(name) / "ablation.csv"):
+        cells = [rf"\texttt{{{escape(row['variant'])}}}"]
+        for metric, decimals in (column.split(":") for column in columns.split(", ")):
+            parts = [row[f"{metric}_mean"], row[f"{metric}_std"]]  # a single seed has no deviation
+            cells.append(r" \ensuremath{\pm} ".join(written(float(part), decimals) for part in parts if part))
+        lines.append(" & ".join(cells) + r" \\")
+    return "\n".join(lines)
 
 
 def source(path, name):
@@ -161,7 +139,7 @@ def ownfig(run, name):
 
 
 def chosen(name):
-    note = " (a dry run, whose numbers mean nothing)" if name in NAMES and look_up(f"{name}.dry_run") else ""
+    note = " (a dry run, whose numbers mean nothing)" if name in STEPS and look_up(f"{name}.dry_run") else ""
     return escape(choice[name]).replace("/", r"/\allowbreak{}") + note
 
 
@@ -200,11 +178,19 @@ def make_files(path):
     return {name: "".join(numbers.values()), **listings}
 
 
+def is_run(name, folder):
+    """Tell whether a folder has a run of the step that STEPS gives a name, or an ablation."""
+    step, config = STEPS.get(name.replace("_ablation", "")), folder / "config.json"
+    if name.endswith("_ablation"):
+        return step and (folder / "ablation.csv").exists()
+    return config.exists() and json.loads(config.read_text())["step"] == step
+
+
 def main(argv=None):
     """Write the numbers of the report, or choose the skeleton's runs and write its numbers."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add, what = parser.add_argument, f"NAME=FOLDER for the skeleton; a NAME is {', '.join(NAMES)}"
-    add("--results", nargs="+", action="extend", default=[], help=what)
+    add, what = parser.add_argument, f"NAME is {', '.join(STEPS)}, step1_ablation or step3_ablation"
+    add("--results", nargs="+", action="extend", default=[], help=f"NAME=FOLDER for the skeleton; {what}")
     add("--author", help="author of the skeleton")
     add("--skeleton", action="store_true", help="write the skeleton's numbers, of the runs chosen before")
     args = parser.parse_args(argv)
@@ -215,15 +201,10 @@ def main(argv=None):
         choice.update({"author": args.author} if args.author else {})
         for text in args.results:
             name, _, folder = text.partition("=")
-            path = Path(os.path.relpath(Path(folder).expanduser(), ROOT))
-            needed = "ablation.csv" if name.endswith("_ablation") else "config.json"
-            if name not in NAMES or not (ROOT / path / needed).exists():
-                parser.error(f"{text!r}: NAME is one of {', '.join(NAMES)}, FOLDER has {needed}")
-            config = ROOT / path / "config.json"
-            found = json.loads(config.read_text()).get("step") if config.exists() else None
-            if found in NAMES.values() and found != NAMES[name]:
-                parser.error(f"{text!r}: the run is of {found}, not of {NAMES[name]}")
-            choice[name] = path.as_posix()
+            path = os.path.relpath(Path(folder).expanduser(), ROOT)
+            if not is_run(name, ROOT / path):
+                parser.error(f"{text!r}: {what}, FOLDER has a run of that step or ablation.csv")
+            choice[name] = Path(path).as_posix()
         kept.write_text(json.dumps(choice, indent=2) + "\n")
     for name, text in make_files(document).items():
         (REPORT / name).write_text(text, encoding="utf-8")

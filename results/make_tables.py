@@ -20,9 +20,8 @@ import torch
 import hw2_step1_main as step1
 import hw2_step2_main as step2
 import hw2_step3_main as step3
-from utils import differ
 from utils.cli import exit_code
-from utils.compare import per_image
+from utils.compare import paired_difference
 from utils.files import ROOT, UserError, metric, read_csv, read_json, write_atomically
 from utils.machine import say
 from utils.options import ArgumentParser
@@ -40,9 +39,9 @@ HEADINGS = dict(
 )  # fmt: skip
 # The first run's values per image minus the second's, by the name in comparisons.json.
 COMPARISONS = dict(
-    label_gain=("step2_pixelcnn nll", "step2_conditional_pixelcnn nll"),
-    mixture_gain=("step2_pixelcnn nll", "step2_conditional_pixelcnn mixture_nll"),
-    latent_gain=("step3_vae bound", "step3_vae/variants/long-20 bound"),
+    label_gain=("step2_pixelcnn", "nll", "step2_conditional_pixelcnn", "nll"),
+    mixture_gain=("step2_pixelcnn", "nll", "step2_conditional_pixelcnn", "mixture_nll"),
+    latent_gain=("step3_vae", "bound", "step3_vae/variants/long-20", "bound"),
 )
 
 
@@ -53,7 +52,7 @@ def reported_files(root):
         names = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         raise UserError(f"git lists no files in {root}: work in a clone of the repository") from None
-    return sorted(root / name for name in {*names.split("\0")} - {""} if (root / name).is_file())
+    return sorted(root / name for name in names.split("\0") if (root / name).is_file())
 
 
 def shown(value, error=None):
@@ -82,7 +81,7 @@ def made(run):
     return f"`python {command}`", f"{minutes:.{0 if minutes >= 10 else 1}f} min", run["hardware"]
 
 
-def table(headings, rows):
+def table(headings, *rows):
     """Return a Markdown table without its empty columns. Names of metrics are spelt out as headings."""
     kept = [column for column in range(len(headings)) if any(row[column] for row in rows)]
     headings = [HEADINGS.get(each, each.replace("_", " ")) for each in headings]
@@ -92,7 +91,7 @@ def table(headings, rows):
 
 
 class Tables:
-    """The tables of the reported runs, each as Markdown. A run is named by its folder below results/."""
+    """The tables: each method yields the headings, then the rows. A run is named by its folder below results/."""
 
     def __init__(self, root):
         self._folder, self._runs = root / "results", {}
@@ -100,67 +99,6 @@ class Tables:
             name, metrics = path.parent.relative_to(self._folder).as_posix(), path.with_name("metrics.json")
             if path.name == "config.json" and metrics.exists() and not re.search("/(ablation|seeds)", name):
                 self._runs[name] = {**read_json(path), "metrics": read_json(metrics)}
-        published = [[*row.values()] for row in self._read("published.csv")]
-        self._headlines = [row for row in published if row[0] in self._runs]
-
-    def headlines(self):
-        rows = [
-            (model, name, cell(self._runs[run], key), other)
-            for run, model, key, name, other in self._headlines
-        ]
-        return table(["model", "figure", "here", "published"], rows)
-
-    def commands(self, *names):
-        """The commands of these runs, and the first headline of their step as what to expect."""
-        rows = []
-        for run in (self._runs[name] for name in names if name in self._runs):
-            key, name = next(row[2:4] for row in self._headlines if row[0] == run["step"])
-            rows.append((*made(run), f"{name}: {cell(run, key)}"))
-        return table(["command", "time", "on", "expect"], rows)
-
-    def runs(self):
-        rows = [(f"[{name}]({name})", *made(run), str(run["seed"])) for name, run in self._runs.items()]
-        return table(["run", "command", "time", "on", "seed"], rows)
-
-    def results(self, step, *keys):
-        names = [name for name, run in self._runs.items() if run["step"].startswith(step)]
-        names.sort(key=lambda name: not name.startswith(step))  # other data sets last
-        rows = [[f"[{name}]({name})", *(cell(self._runs[name], key) for key in keys)] for name in names]
-        return table(["run", *keys], rows)
-
-    def families(self, *keys):
-        """All families on one scale, thresholded samples, with the prior of the VAE and with those for --prior."""
-        rows = []
-        for row in self._read("families.csv"):
-            run, suffix = self._runs.get(row["run"], {"metrics": ()}), row["suffix"] or ""
-            if keys[0] + suffix in run["metrics"]:
-                rows.append([row["samples of"], *(cell(run, key + suffix) for key in keys)])
-        return table(["samples of", *keys], rows)
-
-    def ablation(self, name, *keys):
-        """The runs in NAME.csv: means over the seeds, deviations where there are several, ranked by the first metric."""
-        rows, found = [], self._read(f"{name}.csv")
-        for row in sorted(found, key=lambda row: row[f"{keys[0]}_mean"] or math.inf):
-            changes = SCRIPTS[name[:5]].VARIANTS.get(row["variant"], ("", {}))[1]
-            change = ", ".join(f"{name}={value}" for name, value in changes.items())
-            means = [shown(row[f"{key}_mean"], row[f"{key}_std"]) for key in keys]
-            rows.append([f"`{row['variant']}`", change, shown(row["seeds"]), *means])
-        return table(["variant", "change", "seeds", *keys], rows)
-
-    def entries(self, file, *keys):
-        """The rows of a CSV file, or the entries of a JSON file."""
-        return table(keys, [[shown(row[key]) for key in keys] for row in self._read(file)])
-
-    def gallery(self, *names):
-        """The figures of these runs, with their lines in the docstring of the step script."""
-        rows = []
-        for folder in (name for name in names if name in self._runs):
-            page = SCRIPTS[self._runs[folder]["step"][:5]].__doc__
-            for figure, text in re.findall(r"^ {4}(\S+\.(?:png|gif)) {2,}(.+)$", page, re.MULTILINE):
-                path = f"{folder}/{figure}"
-                if (self._folder / path).exists():
-                    rows.append((f'<img src="{path}" width="360">', f"`{path}`: {text}"))
-        return table(["figure", "what it shows"], rows)
 
     def _read(self, file):
         path = self._folder / file
@@ -168,17 +106,71 @@ class Tables:
             return []
         return read_csv(path) if path.suffix == ".csv" else read_json(path).values()
 
+    def headlines(self):
+        yield "model", "figure", "here", "published"
+        for row in self._read("published.csv"):
+            if row["run"] in self._runs:
+                yield row["model"], row["name"], cell(self._runs[row["run"]], row["metric"]), row["published"]
+
+    def commands(self, *names):
+        """The commands of these runs, and the first headline of their step as what to expect."""
+        yield "command", "time", "on", "expect"
+        for run in (self._runs[name] for name in names if name in self._runs):
+            headline = next(row for row in self._read("published.csv") if row["run"] == run["step"])
+            yield *made(run), f"{headline['name']}: {cell(run, headline['metric'])}"
+
+    def runs(self):
+        yield "run", "command", "time", "on", "seed"
+        for name, run in self._runs.items():
+            yield f"[{name}]({name})", *made(run), str(run["seed"])
+
+    def results(self, step, *keys):
+        yield "run", *keys
+        for name in sorted(self._runs, key=lambda name: not name.startswith(step)):  # other data sets last
+            if self._runs[name]["step"].startswith(step):
+                yield f"[{name}]({name})", *(cell(self._runs[name], key) for key in keys)
+
+    def families(self, *keys):
+        """All families on one scale, thresholded samples, with the prior of the VAE and with those for --prior."""
+        yield "samples of", *keys
+        for row in self._read("families.csv"):
+            run, suffix = self._runs.get(row["run"], {"metrics": ()}), row["suffix"] or ""
+            if keys[0] + suffix in run["metrics"]:
+                yield row["samples of"], *(cell(run, key + suffix) for key in keys)
+
+    def ablation(self, name, *keys):
+        """The runs in NAME.csv: means over the seeds, deviations where there are several, ranked by the first metric."""
+        yield "variant", "change", "seeds", *keys
+        for row in sorted(self._read(f"{name}.csv"), key=lambda row: row[f"{keys[0]}_mean"] or math.inf):
+            _, changes = SCRIPTS[name[:5]].VARIANTS.get(row["variant"], ("", {}))
+            change = ", ".join(f"{name}={value}" for name, value in changes.items())
+            means = (shown(row[f"{key}_mean"], row[f"{key}_std"]) for key in keys)
+            yield f"`{row['variant']}`", change, shown(row["seeds"]), *means
+
+    def entries(self, file, *keys):
+        """The rows of a CSV file, or the entries of a JSON file."""
+        yield keys
+        for row in self._read(file):
+            yield [shown(row[key]) for key in keys]
+
+    def gallery(self, *names):
+        """The figures of these runs, with their lines in the docstring of the step script."""
+        yield "figure", "what it shows"
+        for name in (name for name in names if name in self._runs):
+            page = SCRIPTS[self._runs[name]["step"][:5]].__doc__
+            for figure, text in re.findall(r"^ {4}(\S+\.(?:png|gif)) {2,}(.+)$", page, re.MULTILINE):
+                if (self._folder / name / figure).exists():
+                    yield f'<img src="{name}/{figure}" width="360">', f"`{name}/{figure}`: {text}"
+
 
 def comparisons(root):
     """Return the content of comparisons.json: mean differences over the test images, with their standard errors."""
     entries = {}
-    for name, sides in COMPARISONS.items():
-        found = [per_image(root / "results" / folder, key) for folder, key in map(str.split, sides)]
-        (first, pixels), (second, other_pixels) = found
-        if pixels and pixels == other_pixels:
-            value, error = differ.paired(first, second)
-            formula = f"{' minus '.join(sides)}, mean over test images with equal pixels"
-            entries[name] = metric(value, "nats per image", formula, standard_error=error)
+    for name, (run, key, other, other_key) in COMPARISONS.items():
+        found = paired_difference(root / "results" / run, key, root / "results" / other, other_key)
+        if found:
+            formula = f"{run} {key} minus {other} {other_key}, mean over test images with equal pixels"
+            entries[name] = metric(found[0], "nats per image", formula, standard_error=found[1])
     return json.dumps(entries | gap_correlations(root), indent=2) + "\n"
 
 
@@ -187,27 +179,20 @@ def gap_correlations(root):
 
     Spearman's rank correlations over settings, whose gaps are at most or at least the default's.
     """
-    path = root / "results/step1_gan/ablation.csv"
+    path, entries = root / "results/step1_gan/ablation.csv", {}
     if not path.exists():
-        return {}
+        return entries
     # The trainings of no-average are the default's.
     rows = [row for row in read_csv(path) if row["variant"] != "no-average"]
-    gaps = [row["d_real_mean"] - row["d_fake_mean"] for row in rows]
-    formula, entries = "Spearman's rank correlation of the gap and the {}, settings with a {} gap", {}
-    for side, sign in (("smaller", -1), ("larger", 1)):
-        chosen = [index for index, gap in enumerate(gaps) if sign * gap >= sign * gaps[0]]
+    gaps = torch.tensor([row["d_real_mean"] - row["d_fake_mean"] for row in rows], dtype=torch.float64)
+    for side, chosen in (("smaller", gaps <= gaps[0]), ("larger", gaps >= gaps[0])):
         for key in ("coverage", "frechet_distance"):
-            pairs = [
-                rank([values[i] for i in chosen]) for values in (gaps, [row[f"{key}_mean"] for row in rows])
-            ]
-            value = torch.corrcoef(torch.tensor(pairs, dtype=torch.float64))[0, 1].item()
-            more = dict(settings=len(chosen))
-            entries[f"gap_{key}_{side}"] = metric(value, "1", formula.format(key, side), **more)
+            values = torch.tensor([row[f"{key}_mean"] for row in rows], dtype=torch.float64)
+            ranks = torch.stack([gaps, values])[:, chosen].argsort().argsort().double()
+            value, settings = torch.corrcoef(ranks)[0, 1].item(), chosen.sum().item()
+            formula = f"Spearman's rank correlation of the gap and the {key}, settings with a {side} gap"
+            entries[f"gap_{key}_{side}"] = metric(value, "1", formula, settings=settings)
     return entries
-
-
-def rank(values):
-    return [sorted(values).index(value) for value in values]
 
 
 def outdated(root):
@@ -216,7 +201,7 @@ def outdated(root):
 
     def make(match):
         kind, *arguments = match[2].split()
-        return f"{match[1]}{getattr(tables, kind)(*arguments)}\n"
+        return f"{match[1]}{table(*getattr(tables, kind)(*arguments))}\n"
 
     pattern = re.compile(r"(<!-- table: ([a-z][\w\s/.]*?) -->\n).*?(?=<!-- end -->)", re.DOTALL)
     texts = {page: pattern.sub(make, (root / page).read_text(encoding="utf-8")) for page in PAGES}

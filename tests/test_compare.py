@@ -43,57 +43,58 @@ def runs(trained, tmp_path):
     return places
 
 
-def test_a_gain_below_the_error_of_one_run_is_found_in_pairs(runs, tmp_path, capsys):
-    assert compare.main([*map(str, runs), "--out-dir", str(tmp_path)]) == 0
-    line = next(each for each in capsys.readouterr().out.splitlines() if each.startswith("test nll"))
+@pytest.fixture
+def printed(tmp_path, capsys):
+    """Return a function that compares folders, checks the exit code, and returns the lines."""
+
+    def compared(code, *folders):
+        assert compare.main([*map(str, folders), "--out-dir", str(tmp_path)]) == code
+        out, err = capsys.readouterr()
+        assert len(err.splitlines()) == (code == 2)
+        return [*out.splitlines(), *err.splitlines()]
+
+    return compared
+
+
+def test_a_gain_below_the_error_of_one_run_is_found_in_pairs(runs, printed, tmp_path):
+    line = next(each for each in printed(0, *runs) if each.startswith("test nll"))
     first, better, other = line.split("[0]")[1].replace("[2]", "[1]").split("[1]")
     assert " ± 0.1 better" in better and "not compared" in other
     with Image.open(tmp_path / "compare.png") as picture:
         assert picture.width > 1000
 
 
-def test_seeds_are_means_and_unequal_lengths_are_said_first(runs, tmp_path, capsys):
+def test_seeds_are_means_and_unequal_lengths_are_said_first(runs, printed, tmp_path):
     several = tmp_path / "several"
     for seed, run in enumerate(runs[:2]):
         shutil.copytree(run, several / "seeds" / f"seed_{seed}")
     longer = files.read_json(runs[0] / "metrics.json")
     longer["speed"]["value"] *= 2
     (runs[0] / "metrics.json").write_text(json.dumps(longer))
-    assert compare.main([str(several), str(runs[0]), "--out-dir", str(tmp_path)]) == 0
-    first, *lines = capsys.readouterr().out.splitlines()
-    assert "unequal lengths" in first and "2 seeds" in lines[0]
+    first, *lines = printed(0, several, runs[0])
+    assert "unequal lengths" in first and "seeds: 2" in lines[0]
     values = [files.read_json(run / "metrics.json")["test_nll"]["value"] for run in runs[:2]]
     nll = next(each for each in lines if each.startswith("test nll"))
     assert f"[0] {sum(values) / 2:.5g}" in nll
 
 
-def test_folders_that_do_not_compare_are_refused(trained, tmp_path, capsys):
-    assert compare.main([str(tmp_path)]) == 2
-    assert "metrics.json" in capsys.readouterr().err
-    assert compare.main([str(trained["gan"]), str(trained["vae"])]) == 2
-    assert "one step" in capsys.readouterr().err
-    assert compare.main([]) == 0
-    assert "step2_pixelcnn" in capsys.readouterr().out
+def test_folders_that_do_not_compare_are_refused(trained, printed, tmp_path):
+    assert "metrics.json" in printed(2, tmp_path)[0]
+    assert "there is no folder" in printed(2, "x" * 300)[0]
+    assert "one step" in printed(2, trained["gan"], trained["vae"])[0]
+    assert any("step2_pixelcnn" in line for line in printed(0))
 
 
-def test_files_that_a_run_lacks_are_named(trained, runs, tmp_path, capsys):
+def test_files_that_a_run_lacks_are_named(runs, printed):
     """Metrics are printed all the same if only the figure lacks something."""
-
-    def refused(*folders):
-        assert compare.main([*map(str, folders), "--out-dir", str(tmp_path)]) == 2
-        printed = capsys.readouterr()
-        assert len(printed.err.splitlines()) == 1
-        return printed
-
     (runs[1] / "samples.png").write_text("no picture")
-    printed = refused(*runs[:2])
-    assert "test nll" in printed.out and "samples.png" in printed.err
+    lines = printed(2, *runs[:2])
+    assert any("test nll" in line for line in lines) and "samples.png" in lines[-1]
     (runs[0] / "losses.csv").unlink()
-    assert "losses.csv" in refused(runs[0]).err
+    assert "losses.csv" in printed(2, runs[0])[-1]
     (runs[1] / "per_image.npz").write_text("no archive")
-    assert "per_image.npz is damaged" in refused(*runs[:2]).err
+    assert "per_image.npz is damaged" in printed(2, *runs[:2])[-1]
     (runs[2] / "config.json").write_text('{"step": "step2_pixelcnn"}')
-    assert "config.json in" in refused(runs[2]).err
+    assert "config.json" in printed(2, runs[2])[-1]
     (runs[0] / "metrics.json").write_text("{}")
-    assert "lacks speed" in refused(runs[0]).err
-    assert "there is no folder" in refused("x" * 300).err
+    assert "lacks 'speed'" in printed(2, runs[0])[-1]

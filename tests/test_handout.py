@@ -29,10 +29,6 @@ def loader():
     return DataLoader(TensorDataset(images, labels), batch_size=BATCH_SIZE, shuffle=True)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Step 1
-
-
 def test_gan(loader):
     dim_z, d_freq = 100, 2
     discriminator, generator = Discriminator().to(DEVICE), Generator(dim_z).to(DEVICE)
@@ -84,18 +80,11 @@ def test_names_of_the_first_step_script():
     assert callable(step1.monitor_images) and callable(step1.monitor_losses)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Step 2
-
-
 @pytest.mark.parametrize("mask_type", ["A", "B"])
 @pytest.mark.parametrize("kernel_size", [1, 3, 4, 7, (3, 5)])
 def test_output_is_that_of_the_masked_weight(mask_type, kernel_size):
-    paddings = [0, 1, (3, 2), "valid", "same"]
-    for stride, padding, bias in itertools.product([1, 2], paddings, [True, False]):
-        if (stride, padding) == (2, "same"):  # which torch refuses
-            continue
-        layer = MaskedConv2d(mask_type, 3, 4, kernel_size, stride, padding, bias)
+    for stride, padding in [(1, 0), (1, 1), (1, (3, 2)), (1, "valid"), (1, "same"), (2, 0), (2, (3, 2))]:
+        layer = MaskedConv2d(mask_type, 3, 4, kernel_size, stride, padding, bias=stride == 1)
         x = torch.randn(2, 3, 11, 9)
         expected = F.conv2d(x, layer.weight * layer.mask, layer.bias, stride, padding)
         assert torch.allclose(layer(x), expected, atol=1e-5)
@@ -127,10 +116,6 @@ def test_pixelcnns_train_and_draw(conditional, loader):
         for i, j in itertools.product(range(5), range(4)):
             samples[:, :, i, j] = torch.bernoulli(torch.sigmoid(model(samples, *y)[:, :, i, j]))
     assert set(samples.unique().tolist()) <= {0.0, 1.0}
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Step 3
 
 
 @pytest.mark.parametrize("flat", [False, True])

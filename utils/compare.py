@@ -20,11 +20,8 @@ from utils.figures import WIDTH, new_figure
 from utils.files import ROOT, UserError
 from utils.options import ArgumentParser, folder
 
-SAME_SCALE = ("unit", "formula", "binarization", "pixels", "test_images", "samples", "against")
-CONFIG, LENGTH = (
-    {"step", "hyperparameters", "dataset", "evaluated_on", "seed"},
-    {"speed", "wall_time"},
-)  # needed
+DATA = ("dataset", "evaluated_on")
+SAME_SCALE = (*DATA, "unit", "formula", "binarization", "pixels", "test_images", "samples", "against")
 LOSS = {"step1": "d_loss", "step2": "test_nll", "step3": "test_elbo"}  # column of losses.csv
 # Words in the names of metrics that are better if they are higher, and if they are lower.
 HIGHER = ("score", "precision", "recall", "coverage", "accuracy", "recognised", "parzen", "smallest_share")
@@ -38,54 +35,51 @@ class Compared:
         if not os.path.isdir(path):
             raise UserError(f"there is no folder {path}: name the folder of a run")
         self.path, self.folders = path, sorted(path.glob("seeds/seed_*")) or [path]
-        if not all(os.path.exists(each / "metrics.json") for each in self.folders):
-            raise UserError(f"{path} holds no finished run: it lacks metrics.json")
-        self.config = files.read_json(self.folders[0] / "config.json")
-        self.metrics = [files.read_json(each / "metrics.json") for each in self.folders]
-        for file, keys, content in [
-            ("config", CONFIG, self.config),
-            *(("metrics", LENGTH, each) for each in self.metrics),
-        ]:
-            if not keys <= content.keys():
-                raise UserError(f"{file}.json in {path} lacks {min(keys - content.keys())}: name another run")
-        self.step, self.options = self.config["step"], self.config["hyperparameters"]
-        self.data = self.config["dataset"], self.config["evaluated_on"]
-        self.images_seen = round(self.values("speed")[0] * self.values("wall_time")[0])
+        hint = "name the folder of a finished run"
+        self.metrics = [files.read_json(each / "metrics.json", hint) for each in self.folders]
+        config = files.read_json(self.folders[0] / "config.json", hint)
+        try:
+            self.step, self.options = config["step"], config["hyperparameters"]
+            self.options |= {name: config[name] for name in ("seed", *DATA)}
+            speed, seconds = (self.metrics[0][name]["value"] for name in ("speed", "wall_time"))
+        except KeyError as error:
+            raise UserError(f"config.json or metrics.json in {path} lacks {error}: {hint}") from None
+        self.images_seen = round(speed * seconds)
 
     def values(self, name):
         return [each[name]["value"] for each in self.metrics if name in each]
 
 
-def per_image(folder, name):
-    """Return a run's values `name` of the test images, means over the draws, and the check sum of the pixels."""
-    path = folder / "per_image.npz"
-    if not path.exists():
-        return None, None
+def per_image(path, name):
+    """Return the values `name` in a per_image.npz, means over the draws, and the check sum of the pixels."""
     try:
         with np.load(path) as content:
-            return (
-                (content[name].mean(0).tolist(), str(content["pixels"])) if name in content else (None, None)
-            )
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+            return content[name].mean(0).tolist(), str(content["pixels"])
+    except (FileNotFoundError, KeyError):
+        return None, None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         raise UserError(f"{path} is damaged: train anew or remove it") from None
+
+
+def paired_difference(folder, name, other_folder, other_name):
+    """Return the mean difference of two runs' values per image, and its error. It is None without equal pixels."""
+    values, pixels = per_image(folder / "per_image.npz", name)
+    others, other_pixels = per_image(other_folder / "per_image.npz", other_name)
+    return differ.paired(values, others) if pixels and pixels == other_pixels else None
 
 
 def difference(run, reference, name):
     """Return how a metric differs from the reference's and the error of that, or None where they do not compare."""
-    ours, theirs = (each.metrics[0].get(name, {}) for each in (run, reference))
-    several = len(run.folders) + len(reference.folders) > 2
-    (values, pixels), (others, other_pixels) = (
-        per_image(each.folders[0], name.removeprefix("test_")) for each in (run, reference)
-    )
-    if pixels and pixels == other_pixels and not several:
-        return differ.paired(values, others)
-    if any(ours.get(key) != theirs.get(key) for key in SAME_SCALE):
-        return None
+    values, others, key = run.values(name), reference.values(name), name.removeprefix("test_")
+    several = len(values) + len(others) > 2
+    found = None if several else paired_difference(run.folders[0], key, reference.folders[0], key)
+    ours, theirs = ({**each.options, **each.metrics[0].get(name, {})} for each in (run, reference))
+    if found or any(ours.get(each) != theirs.get(each) for each in SAME_SCALE):
+        return found
     if several:
-        return differ.over_seeds(run.values(name), reference.values(name))
+        return differ.over_seeds(values, others)
     if "standard_error" in ours and "standard_error" in theirs:
-        errors = ours["standard_error"], theirs["standard_error"]
-        return differ.independent(ours["value"], errors[0], theirs["value"], errors[1])
+        return differ.independent(values[0], ours["standard_error"], others[0], theirs["standard_error"])
     return None
 
 
@@ -102,36 +96,25 @@ def verdict(run, reference, name):
     return f"{change:+.3g} ± {error:.2g} {word}"
 
 
-def describe(number, run, reference):
-    """Return a line about a run: what differs from the reference, its length and its time."""
-    ours, theirs = ({**each.options, "seed": each.config["seed"]} for each in (run, reference))
-    changed = ", ".join(f"{key}={value}" for key, value in ours.items() if theirs.get(key) != value)
-    minutes, seeds = statistics.fmean(run.values("wall_time")) / 60, len(run.folders)
-    seeds = "1 seed" if seeds == 1 else f"{seeds} seeds"
-    length = f"{seeds}, {run.images_seen:,} training images seen, {minutes:.1f} min"
-    other = "" if run.data == reference.data else f"; not compared: {run.data[1]} of {run.data[0]}"
-    return f"[{number}] {run.path} ({length}): {changed or run.step if number else 'the reference'}{other}"
-
-
 def report(runs):
     """Yield the lines of the comparison; the first of the runs is the reference."""
     reference = runs[0]
     if len({run.images_seen for run in runs}) > 1:
         yield "the runs have unequal lengths, so the comparison is one of lengths, too"
     for number, run in enumerate(runs):
-        yield describe(number, run, reference)
-    compared = {number: run for number, run in enumerate(runs) if run.data == reference.data}
+        theirs, minutes = reference.options, statistics.fmean(run.values("wall_time")) / 60
+        changed = [f"{key}={value}" for key, value in run.options.items() if theirs.get(key) != value]
+        length = f"seeds: {len(run.folders)}, {run.images_seen:,} training images seen, {minutes:.1f} min"
+        yield f"[{number}] {run.path} ({length}): {', '.join(changed) or run.step}"
     for name, entry in reference.metrics[0].items():
         if name == "test_bits":  # the NLL in other units
             continue
-        cells = []
-        for number, run in compared.items():
-            if values := run.values(name):
+        cells = [f"{name.replace('_', ' ')}, {entry['unit']}:"]
+        for number, run in enumerate(runs):
+            if run.values(name):
                 beside = f" ({verdict(run, reference, name)})" if number else ""
-                cells.append(f"[{number}] {statistics.fmean(values):.5g}{beside}")
-        yield f"{name.replace('_', ' ')}, {entry['unit']}: {'  '.join(cells)}"
-    if any(run.config.get("dry_run") for run in runs):
-        yield "the numbers of dry runs mean nothing"
+                cells.append(f"[{number}] {statistics.fmean(run.values(name)):.5g}{beside}")
+        yield "  ".join(cells)
 
 
 def draw(path, runs):
@@ -139,12 +122,12 @@ def draw(path, runs):
     column, ratios = LOSS.get(runs[0].step[:5], "loss"), [2] + [1] * len(runs)
     with new_figure(path, WIDTH, 2.4, 1, len(ratios), vector=False, width_ratios=ratios) as (_, axes):
         for number, (run, axis) in enumerate(zip(runs, axes[1:])):
-            values = {}
+            losses = {}
             for row in files.read_csv(run.folders[0] / "losses.csv"):
                 if row["epoch"]:  # the loss before the training would hide the others
-                    values.setdefault(row["epoch"], []).append(abs(row[column]))
+                    losses.setdefault(row["epoch"], []).append(abs(row[column]))
             label = f"[{number}] {run.path.name}"
-            axes[0].plot([*values], [*map(statistics.fmean, values.values())], label=label)
+            axes[0].plot([*losses], [*map(statistics.fmean, losses.values())], label=label)
             axis.imshow(Image.open(run.folders[0] / "samples.png"))
             axis.set_title(f"[{number}]")
             axis.axis("off")
@@ -162,17 +145,16 @@ def main(argv=None):
 
     def work():
         args = parser.parse_args(argv or [])
-        if not args.runs:
-            finished = sorted((ROOT / "results").glob("step*/**/metrics.json"))
-            for path in (each.parent for each in finished if "ablation" not in each.parts):
-                machine.say(path.relative_to(Path.cwd()) if Path.cwd() in path.parents else path)
-            return
         runs = [Compared(path) for path in args.runs]
         steps = sorted({run.step for run in runs})
+        if not runs:
+            for path in sorted((ROOT / "results").glob("step*/**/metrics.json")):
+                if "ablation" not in path.parts:
+                    machine.say(os.path.relpath(path.parent))
+            return
         if len({step[:5] for step in steps}) > 1:
             raise UserError(f"the runs are of {', '.join(steps)}: name runs of one step")
-        for line in report(runs):
-            machine.say(line)
+        machine.say("\n".join(report(runs)))
         files.make_folder(args.out_dir)
         try:
             draw(args.out_dir / "compare.png", runs)

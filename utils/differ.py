@@ -7,12 +7,10 @@ standard error each, by the jackknife. Runs with several seeds have the spread o
 import math
 import statistics
 
-ERRORS = 2  # more than so many errors apart
-
 
 def differ(difference, error):
     """Tell whether a difference is more than chance, by its standard error."""
-    return abs(difference) > ERRORS * error
+    return abs(difference) > 2 * error
 
 
 def paired(values, others):

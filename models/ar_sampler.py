@@ -9,6 +9,7 @@ import contextlib
 import warnings
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 CHUNK = 1000  # images drawn at once, which bounds the memory
@@ -76,7 +77,11 @@ def _draw_plainly(network, images, thresholds, rows_given, y):
 def _draw_with_cache(network, images, thresholds, rows_given, y):
     _, _, height, width = images.shape
     position = network.position_vectors(height, width)
-    caches = {layer: LayerCache(layer, images, y) for layer in network.modules() if hasattr(layer, "mask")}
+    caches = {
+        layer: LayerCache(layer, images, y)
+        for layer in network.modules()
+        if isinstance(layer, nn.Conv2d) and (hasattr(layer, "mask") or layer.kernel_size != (1, 1))
+    }
 
     def convolve(layer, h):
         return caches[layer].convolve(h) if layer in caches else layer(h, *y)
@@ -93,7 +98,6 @@ def _draw_with_cache(network, images, thresholds, rows_given, y):
             if row >= rows_given:
                 images[here] = (thresholds[here] < logits).to(images)
             caches[network.first].store(images[here])
-    # A layer that shows later pixels, or has a stride or no mask, gives other logits for the whole images.
     logits = network(images[:NUM_CHECKED], *(each[:NUM_CHECKED] for each in y))
     # GPUs convolve in TF32, whose epsilon is 2**-10.
     epsilon = max(torch.finfo(logits.dtype).eps, 0 if logits.device.type == "cpu" else 2**-10)
@@ -111,14 +115,19 @@ class LayerCache:
     def __init__(self, layer, images, y):
         num_samples, _, _, width = images.shape
         rows, self.reach = layer.kernel_size[0] // 2 + 1, layer.kernel_size[1] // 2
+        columns = self.reach + 1  # of the centre row that the mask may show
+        mask = layer.mask.expand_as(layer.weight)
+        hides_later = (mask[:, :, rows - 1, columns:] == 0).all() and (mask[:, :, rows:] == 0).all()
+        if not hides_later or {*layer.stride, *layer.dilation, layer.groups} != {1}:
+            raise ValueError(f"{layer} shows later pixels, or its stride, dilation or groups are not 1")
         self.channels = layer.in_channels
         # For inputs of zero, a layer returns what it adds to every pixel: its bias and, with labels, V y.
         self.bias = layer(images.new_zeros(num_samples, self.channels, 1, 1), *y).flatten(1)
         self.above = [self.bias] * width
-        weight = (layer.weight * layer.mask)[:, :, :rows]  # the mask hides the rows below
+        weight = layer.weight[:, :, :rows] * mask[:, :, :rows]
         self.weight_above = weight[:, :, :-1]
         # A matrix (columns * in_channels, out_channels), for one product with the inputs to the left.
-        self.weight_row = weight[:, :, -1, : self.reach + 1].permute(2, 1, 0).flatten(0, 1).contiguous()
+        self.weight_row = weight[:, :, -1, :columns].permute(2, 1, 0).flatten(0, 1).contiguous()
         self.inputs = images.new_zeros(rows, num_samples, (width + 2 * self.reach) * self.channels)
         self.row = self.inputs[-1]  # the current one
 

@@ -121,7 +121,7 @@ class OpenMask(PixelCNN):
 
     def __init__(self, **architecture):
         super().__init__(**architecture)
-        self.blocks[0][0].mask[2, 1, 2, 3] = 1
+        self.blocks[0][0].mask[2, 1, -1, 0] = 1
 
 
 class Shifted(PixelCNN):

@@ -67,6 +67,12 @@ def content(folder, name):
     return torch.load(folder / name, weights_only=True)
 
 
+def position(folder):
+    """Return how many whole epochs, and batches of the next one, the checkpoint of a run has."""
+    state = content(folder, "checkpoint.pt")["state"]
+    return state["_epoch"], state["_batch"]
+
+
 def same(first, second):
     """Tell whether two nested values are equal, tensors bit for bit."""
     if isinstance(first, torch.Tensor):
@@ -88,7 +94,7 @@ def assert_same_run(first, second):
     """Check that two finished runs have the same weights, tables, metrics and optimisers, bit for bit."""
     assert same(content(first, "model.pt"), content(second, "model.pt"))
     ours, theirs = content(first, "checkpoint.pt"), content(second, "checkpoint.pt")
-    for key in ("modules", "random", "snapshots", "position"):
+    for key in ("modules", "random", "state"):
         assert same(ours[key], theirs[key]), key
     assert {each.name for each in first.glob("*.csv")} == {each.name for each in second.glob("*.csv")}
     for path in first.glob("*.csv"):
@@ -178,10 +184,10 @@ class Process:
     def __init__(self, run, command, stderr=None, **_):
         self.returncode = run(command, stderr)
 
-    def poll(self):
+    def wait(self):
         return self.returncode
 
-    wait = terminate = poll
+    terminate = wait
 
 
 @pytest.fixture
@@ -191,7 +197,7 @@ def processes_here(monkeypatch):
     def replace(run):
         popen = SimpleNamespace(Popen=partial(Process, run), DEVNULL=subprocess.DEVNULL)
         monkeypatch.setattr(ablation, "subprocess", popen)
-        monkeypatch.setattr(ablation, "time", SimpleNamespace(sleep=lambda _: None))
+        monkeypatch.setattr(ablation, "num_workers", lambda device: 1)
 
     return replace
 

@@ -14,7 +14,7 @@ import hw2_step2_main as step2
 import hw2_step3_main as step3
 from tests import children
 from tests.children import FLAGS, STEPS
-from tests.conftest import assert_refused, assert_same_run, content, flags_of
+from tests.conftest import assert_refused, assert_same_run, content, flags_of, position
 from utils import cli
 from utils import run as runs
 
@@ -58,8 +58,7 @@ def test_interrupted_equals_uninterrupted(name, batch, number, call_step, bare_s
     flags = flags_of(name, tmp_path)
     done = stop(call_step, STEPS[name], flags, children.interrupt, batch, number=number)
     assert done.returncode == 128 + number and not (tmp_path / "model.pt").exists()
-    position = content(tmp_path, "checkpoint.pt")["position"][:2]
-    assert position == ((batch - 1) // runs.DRY_RUN_BATCHES, (batch - 1) % runs.DRY_RUN_BATCHES + 1)
+    assert position(tmp_path) == ((batch - 1) // runs.DRY_RUN_BATCHES, (batch - 1) % runs.DRY_RUN_BATCHES + 1)
     resumed = call_step(STEPS[name], *flags, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert_same_run(tmp_path, trained[name])
@@ -71,8 +70,7 @@ def test_a_signal_in_an_evaluation_loses_no_batch(name, epoch, call_step, bare_s
     flags = flags_of(name, tmp_path)
     done = stop(call_step, STEPS[name], flags, children.interrupt_evaluation, epoch)
     assert "evaluation" in done.stderr and "this batch" not in done.stderr
-    found = content(tmp_path, "checkpoint.pt")["position"]
-    assert found[:2] == (max(epoch - 1, 0), runs.DRY_RUN_BATCHES * (epoch > 0))
+    assert position(tmp_path) == (max(epoch - 1, 0), runs.DRY_RUN_BATCHES * (epoch > 0))
     assert call_step(STEPS[name], *flags, "--resume").returncode == 0
     assert_same_run(tmp_path, trained[name])
 

@@ -19,7 +19,7 @@ import torch
 
 from tests import children
 from tests.children import FLAGS, STEPS
-from tests.conftest import ROOT, TIMEOUT, assert_refused, assert_same_run, content, flags_of
+from tests.conftest import ROOT, TIMEOUT, assert_refused, assert_same_run, content, flags_of, position
 from utils import files, machine
 
 STOPS = 5  # of each network by each signal, at random moments
@@ -78,8 +78,8 @@ def stop_and_resume(start, whole, name, folder, *hooks, after=None, number=signa
     existed = (folder / "checkpoint.pt").exists()
     said = max([int(epoch) for epoch in re.findall(r"^epoch (\d+)/", stopped.stdout, re.M)], default=0)
     if existed:
-        epoch, batch, num_batches, *_ = content(folder, "checkpoint.pt")["position"]
-        assert epoch + batch / num_batches >= said, "the checkpoint of an epoch is older than its line"
+        epoch, batch = position(folder)
+        assert epoch + batch / BATCHES >= said, "the checkpoint of an epoch is older than its line"
     else:
         assert said == 0
         assert_refused(start(children.train, name, [*flags, "--resume"], *SHORT).end(), "no checkpoint")
@@ -124,7 +124,7 @@ def test_second_ctrl_c_stops_at_once_and_leaves_the_checkpoint(start, whole, tmp
     flags = ["--batch-size", 8, "--out-dir", tmp_path]
     done = start(children.train, "vae", flags, *SHORT, partial(children.interrupt, 7, 2)).end()
     assert done.returncode == 130 and "Traceback" not in done.stderr
-    assert content(tmp_path, "checkpoint.pt")["position"][:2] == (0, BATCHES)
+    assert position(tmp_path) == (0, BATCHES)
     assert start(children.train, "vae", [*flags, "--resume"], *SHORT).end().returncode == 0
     assert_same_run(tmp_path, whole("vae")[0])
 

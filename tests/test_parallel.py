@@ -14,7 +14,7 @@ import pytest
 import hw2_step1_main as step1
 import hw2_step2_main as step2
 from tests import children
-from tests.conftest import ROOT, TIMEOUT, assert_refused, content
+from tests.conftest import ROOT, TIMEOUT, assert_refused, position
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 SCRIPT = """import sys
@@ -83,21 +83,21 @@ def test_a_signal_to_one_of_two_processes_and_resume(train_by_two, tmp_path):
     hooks = children.draw_nothing, partial(children.interrupt, 4, rank="1")
     stopped = train_by_two("pixelcnn", [*flags, cut], *hooks)
     assert [each.returncode for each in stopped] == [130, 130]
-    assert content(cut, "checkpoint.pt")["position"][:2] == (1, 1)
+    assert position(cut) == (1, 1)
     resumed = train_by_two("pixelcnn", [*flags, cut, "--resume"], children.draw_nothing)
     assert [each.returncode for each in resumed] == [0, 0], resumed[0].stderr
     assert losses(cut) == pytest.approx(losses(tmp_path / "whole"), rel=1e-6)
 
 
-@pytest.mark.parametrize("epoch, position", [(1, (1, 3)), (2, (2, 3))])
-def test_a_signal_in_an_evaluation_stops_all_after_it(epoch, position, train_by_two, tmp_path):
+@pytest.mark.parametrize("epoch, expected", [(1, (1, 3)), (2, (2, 3))])
+def test_a_signal_in_an_evaluation_stops_all_after_it(epoch, expected, train_by_two, tmp_path):
     """Also after the last epoch. No process is left waiting, and the evaluation is not repeated."""
     flags = ["--batch-size", 8, "--out-dir", tmp_path]
     hooks = children.draw_nothing, partial(children.interrupt_evaluation, epoch)
     for done in train_by_two("pixelcnn", flags, *hooks):
         assert done.returncode == 130 and "Traceback" not in done.stderr, done.stderr
-    whole_epochs, batches, *_ = content(tmp_path, "checkpoint.pt")["position"]
-    assert (whole_epochs + (batches > 0), batches) == position
+    epochs, batches = position(tmp_path)
+    assert (epochs + (batches > 0), batches) == expected
     resumed = train_by_two("pixelcnn", [*flags, "--resume"], children.draw_nothing)
     assert [each.returncode for each in resumed] == [0, 0], resumed[0].stderr
     assert len(losses(tmp_path)) == 5  # without the training images before the training

@@ -199,7 +199,7 @@ def train(step, run, train_set, test_set):
     args = run.args
     length = f"{args.minutes:g} min" if args.minutes else f"{run.options['num_epochs']} epochs"
     line = f"training for {length} on {machine.hardware(run.device)}"
-    took = files.metrics_of(default_folder(run.step, args.variant, [])).get("wall_time")
+    took = files.read_if_there(default_folder(run.step, args.variant, []) / "metrics.json").get("wall_time")
     if took and not args.dry_run:
         line += f"; the reported run took {took['value'] / 60:.0f} min on {took['hardware']}"
     machine.say(line)

@@ -179,23 +179,23 @@ def edit(monkeypatch, tmp_path):
 
 
 class Process:
-    """What `subprocess.Popen` would give for a process that has ended with the exit code run(command, stderr)."""
+    """What `subprocess.Popen` would give for a process that has ended: run(command) is its exit code and its errors."""
 
-    def __init__(self, run, command, stderr=None, **_):
-        self.returncode = run(command, stderr)
+    def __init__(self, run, command, **_):
+        self.returncode, self.errors = run(command)
 
-    def wait(self):
-        return self.returncode
+    def communicate(self):
+        return None, self.errors
 
-    terminate = wait
+    wait = terminate = communicate
 
 
 @pytest.fixture
 def processes_here(monkeypatch):
-    """Return a function that lets an ablation call run(command, stderr) in place of each process."""
+    """Return a function that lets an ablation call run(command) in place of each process."""
 
     def replace(run):
-        popen = SimpleNamespace(Popen=partial(Process, run), DEVNULL=subprocess.DEVNULL)
+        popen = SimpleNamespace(Popen=partial(Process, run), DEVNULL=None, PIPE=None)
         monkeypatch.setattr(ablation, "subprocess", popen)
         monkeypatch.setattr(ablation, "num_workers", lambda device: 1)
 
@@ -207,9 +207,9 @@ def call_here(processes_here):
     """Let an ablation call the main of each of its runs in this process; return the list of commands."""
     commands = []
 
-    def run(command, _):
+    def run(command):
         commands.append(command)
-        return importlib.import_module(Path(command[1]).stem).main(command[2:])
+        return importlib.import_module(Path(command[1]).stem).main(command[2:]), b""
 
     processes_here(run)
     return commands

@@ -1,6 +1,5 @@
 """Checkpoints: determinism, interruption, resumption, and runs that begin anew or become longer."""
 
-import json
 import os
 import shutil
 import signal
@@ -15,7 +14,7 @@ import hw2_step3_main as step3
 from tests import children
 from tests.children import FLAGS, STEPS
 from tests.conftest import assert_refused, assert_same_run, content, flags_of, position
-from utils import cli
+from utils import cli, files
 from utils import run as runs
 
 # Of few images, so that no dry run is needed, which may always begin anew.
@@ -147,7 +146,7 @@ def test_a_run_without_a_schedule_can_be_lengthened(call_step, bare_steps, tmp_p
         assert done.returncode == 0, done.stderr
         assert torch.equal(*(content(each, "checkpoint.pt")["random"]["cpu"] for each in (folder, long)))
         assert content(folder, "model.pt")["weights"].keys() == content(long, "model.pt")["weights"].keys()
-        assert json.loads((folder / "config.json").read_text())["hyperparameters"]["num_epochs"] == 4
+        assert files.read_json(folder / "config.json")["hyperparameters"]["num_epochs"] == 4
     assert_same_run(cut, long)
     done = call_step(step1, *SHORT, "--resume", "--out-dir", long, "--epochs", 3)
     assert_refused(done, "num_epochs", "--restart")
@@ -156,7 +155,7 @@ def test_a_run_without_a_schedule_can_be_lengthened(call_step, bare_steps, tmp_p
 def test_a_longer_run_takes_the_checkpoint_of_the_shorter_one(call_step, bare_steps, monkeypatch, tmp_path):
     """In its own folder, and the shorter run stays as it is. With a schedule it is refused."""
     monkeypatch.setattr(cli, "ROOT", tmp_path)
-    data = ["--data-dir", children.files.ROOT / "data"]
+    data = ["--data-dir", files.ROOT / "data"]
     for module, more in ((step1, SHORT), (step3, [*FLAGS["vae"], "--batch-size", "80"])):
         assert call_step(module, *more, *data, "--epochs", 2).returncode == 0
         (shorter,) = (tmp_path / "results" / module.STEP / "runs").iterdir()
@@ -183,9 +182,7 @@ def test_a_huge_number_of_epochs_is_looked_for_among_the_folders_that_exist(monk
     assert found == [runs / name for name in names]
 
 
-@pytest.mark.parametrize(
-    "flags", [["--batch-size", 64], ["--seed", 1], ["--hidden-dims", 8, 8], ["--held-out"]]
-)
+@pytest.mark.parametrize("flags", [["--batch-size", 64], ["--seed", 1], ["--held-out"]])
 def test_resume_with_other_options_is_refused(flags, call_step, bare_steps, trained, tmp_path):
     folder = shutil.copytree(trained["vae"], tmp_path / "run")
     before = read_all(folder)
@@ -197,17 +194,9 @@ def test_resume_with_other_options_is_refused(flags, call_step, bare_steps, trai
 def test_a_model_says_its_pixels(call_step, bare_steps, trained, monkeypatch, tmp_path):
     """--sample-only draws with the pixels of the training, from the model, else config.json, else the flag."""
     seen, folder = [], shutil.copytree(trained["conditional"], tmp_path / "run")
-    monkeypatch.setattr(
-        step2.pixelcnn_results, "binarize_test", lambda x, how, *_: seen.append(how) or x / 255.0
-    )
-    flags = [
-        "--conditional",
-        "--sample-only",
-        "--out-dir",
-        tmp_path / "drawn",
-        "--model",
-        folder / "model.pt",
-    ]
+    replaced = step2.pixelcnn_results, "binarize_test"
+    monkeypatch.setattr(*replaced, lambda x, how, *_: seen.append(how) or x / 255.0)
+    flags = ["--conditional", "--sample-only", "--out-dir", tmp_path, "--model", folder / "model.pt"]
     assert call_step(step2, *flags).returncode == 0
     model = content(folder, "model.pt")
     del model["options"]  # as in older files

@@ -19,7 +19,7 @@ import torch
 
 from tests import children
 from tests.children import FLAGS, STEPS
-from tests.conftest import ROOT, TIMEOUT, assert_refused, assert_same_run, content, flags_of, position
+from tests.conftest import ROOT, TIMEOUT, assert_refused, assert_same_run, flags_of, position
 from utils import files, machine
 
 STOPS = 5  # of each network by each signal, at random moments

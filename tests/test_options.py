@@ -35,7 +35,11 @@ TYPES = [
     (List[int], [8], "5 6", [5, 6], "0"),
     (list[int], [8], "5 6", [5, 6], "0"),
     (Optional[tuple[int, ...]], None, "5", (5,), "0"),
+    (bool, True, None, False, ""),
+    (bool, False, "", True, ""),
 ]
+if sys.version_info >= (3, 10):
+    TYPES.append((eval("float | None"), 0.1, "none", None, "-1"))
 
 
 def options_of(hint, default):
@@ -54,7 +58,7 @@ def test_a_type_makes_a_flag(hint, default, words, value, bad):
     option.add_to(parser.add_argument_group())
     assert "num_layers" not in parser.parse_args([]), "so that a variant can set it"
     variants = {"mine": ("why", {"num_layers": value})}
-    flags = ["--num-layers", *words.split()]
+    flags = ["--no-num-layers"] if words is None else ["--num-layers", *words.split()]
     for variant, given, expected in ((None, [], default), (None, flags, value), ("mine", [], value)):
         args = parser.parse_args(given)
         args.variant, args.ablation, args.dry_run = variant, False, False
@@ -63,19 +67,6 @@ def test_a_type_makes_a_flag(hint, default, words, value, bad):
     for wrong in bad.split():
         with pytest.raises(SystemExit):
             parser.parse_args(["--num-layers", wrong])
-
-
-@pytest.mark.skipif(sys.version_info < (3, 10), reason="such a union is Python 3.10's")
-def test_a_union_with_a_bar():
-    option = options_of(eval("float | None"), 0.1)["num_layers"]
-    assert option.optional and option.parse("none") is None and option.parse("2") == 2.0
-
-
-def test_a_boolean_makes_two_flags():
-    parser = ArgumentParser()
-    options_of(bool, True)["num_layers"].add_to(parser.add_argument_group())
-    found = [vars(parser.parse_args(flags)) for flags in ([], ["--num-layers"], ["--no-num-layers"])]
-    assert found == [{}, {"num_layers": True}, {"num_layers": False}]
 
 
 @pytest.mark.parametrize("hint", [dict, torch.Tensor, Union[int, str], tuple[int, str], list[bool], object])
@@ -107,11 +98,10 @@ def test_help_has_every_flag(call_step):
 
 
 BAD_USAGE = {
-    step1: "--epochs 0 | --d-freq 0 | --seed -1 | --seeds 0 | --device tpu | --dropout 1.5 | --g-channels"
-    "| --g-channels 64 x | --loss x | --count 0 | --count 5001 | --dataset CIFAR10 | --out-dir= | --minutes 0",
-    step2: "--digit 10 | --binarize maybe | --kernel-size 4 | --first-kernel-size 57 | --muon-rate never"
-    "| --num-blocks -1 | --no-positional=1 | --complete -1",
-    step3: "--bound-samples 0 | --kl-coeff nan | --hidden-dims 64 0 | --learning-rate inf | --kl-warm-up 1.1",
+    step1: "--epochs 0 | --seed -1 | --device tpu | --dropout 1.5 | --g-channels | --g-channels 64 x | --loss x"
+    "| --count 5001 | --dataset CIFAR10 | --out-dir= | --minutes 0",
+    step2: "--digit 10 | --kernel-size 4 | --muon-rate never | --no-positional=1 | --complete -1",
+    step3: "--bound-samples 0 | --kl-coeff nan | --hidden-dims 64 0 | --learning-rate inf",
 }
 
 

@@ -14,7 +14,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 from multiprocessing.pool import ThreadPool
 
 from tqdm import tqdm
@@ -132,7 +131,9 @@ def train_all(commands, device):
     A signal to this process, or its end, ends the runs after the batch under way, with their checkpoints saved.
     """
     workers = max(1, min(num_workers(device), len(commands)))
-    settings = dict(preexec_fn=end_with_parent if sys.platform == "linux" else None)
+    settings = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    # In a session of its own, a signal of the terminal reaches a run through this process alone.
+    settings |= dict(start_new_session=True, preexec_fn=end_with_parent if sys.platform == "linux" else None)
     if workers > 1:
         settings["env"] = {**os.environ, "OMP_NUM_THREADS": "1"}
     processes, failures = [], []
@@ -140,14 +141,10 @@ def train_all(commands, device):
     def train(command):
         """Return the exit code of a run, and what to print about it."""
         name, words = command
-        with tempfile.TemporaryFile() as errors:
-            streams = dict(stdout=subprocess.DEVNULL, stderr=errors)
-            # In a session of its own, a signal of the terminal reaches it through this process alone.
-            processes.append(subprocess.Popen(words, start_new_session=True, **streams, **settings))
-            code = processes[-1].wait()
-            errors.seek(0)
-            lines = errors.read().decode(errors="replace").strip().splitlines()
-        return code, f"{name}: {[f'exit code {code}', *lines][-1] if code else 'done'}"
+        process = subprocess.Popen(words, **settings)
+        processes.append(process)
+        lines = process.communicate()[1].decode(errors="replace").splitlines() or ["no message"]
+        return process.returncode, f"{name}: {lines[-1] if process.returncode else 'done'}"
 
     with machine.catch_signals(stop), ThreadPool(workers) as pool:
         try:
@@ -167,7 +164,7 @@ def train_all(commands, device):
 
 
 def stop(number, _):
-    raise machine.Stopped(number, "the same command goes on")
+    raise KeyboardInterrupt(number, "the same command goes on")
 
 
 def end_with_parent():

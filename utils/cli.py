@@ -17,6 +17,7 @@ and perhaps
 import contextlib
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -225,8 +226,9 @@ def exit_code(work, name):
         return end.code or 0
     except UserError as error:
         message, code = str(error), 2
-    except KeyboardInterrupt as stop:
-        message, code = str(stop) or "interrupted", 128 + getattr(stop, "number", 2)
+    except KeyboardInterrupt as stop:  # of a run or an ablation, with the signal and what to do next
+        number, hint = stop.args or (signal.SIGINT, "interrupted")
+        message, code = f"stopped by {signal.Signals(number).name}; {hint}", 128 + number
     except (RuntimeError, MemoryError) as error:
         if not files.lacks_memory(error):
             raise

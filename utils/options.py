@@ -70,19 +70,13 @@ class Option:
             value = self.type(text)
             if self._allows(value):
                 return value
-        raise argparse.ArgumentTypeError(f"takes {self._allowed_in_words()}, not {text!r}")
+        allowed = f"{self.type.__name__} values in {self.choices or self.limits}"
+        raise argparse.ArgumentTypeError(f"takes {allowed}, not {text!r}")
 
     def _allows(self, value):
         if self.choices:
             return value in self.choices
         return not self.limits or (self.limits[0] <= value <= self.limits[1] and math.isfinite(value))
-
-    def _allowed_in_words(self):
-        if self.choices:
-            return f"one of {self.choices}"
-        least, most = self.limits
-        upper = f" and at most {most:g}" if most < LARGEST else ""
-        return f"a {'whole ' * (self.type is int)}number of at least {least:g}{upper}"
 
     def collect(self, found):
         """Return what argparse found, or a default, in the form of the annotation: a list becomes a tuple."""

@@ -59,6 +59,7 @@ class Run:
         self._of_epoch, self._of_row = [], []  # losses of batches, of this epoch and of a row of batches.csv
         self._tables = {}  # the lines of each CSV file
         self._num_epochs = options["num_epochs"]
+        self._of_all = "" if args.minutes else f"/{self._num_epochs}"
         self._clock, self._batch_clock = machine.Clock(), machine.Clock()  # the second stands in evaluations
         self._open = contextlib.ExitStack()  # the lock on the folder, and the handling of signals
         self.close = self._open.close
@@ -76,7 +77,7 @@ class Run:
 
     def claim_folder(self, shorter):
         """Lock the folder, and with --resume read its checkpoint, or that of one of the `shorter` runs."""
-        if parallel.is_first():
+        if parallel.rank() == 0:
             self._open.enter_context(files.lock(self.folder))
             if not (self.args.resume or self.args.restart):
                 checkpoint.require_free(self)
@@ -92,7 +93,7 @@ class Run:
         self._open.enter_context(machine.catch_signals(self._on_signal))
         self._open.enter_context(self._clock)
         self._config = checkpoint.describe(self)  # while all processes are there
-        if parallel.is_first():
+        if parallel.rank() == 0:
             files.write_json(self.folder / "config.json", self._config)
         if not self.args.resume:
             self._save()
@@ -157,7 +158,7 @@ class Run:
         rank, count, self._num_batches = parallel.rank(), parallel.num_processes(), len(chosen)
         if len(chosen[-1]) < count:
             raise UserError(f"a batch has {len(chosen[-1])} images: lower the number of processes")
-        title = self._title(self._epoch + 1)
+        title = f"epoch {self._epoch + 1}{self._of_all}"
         self._bar = tqdm(chosen, title, unit="batch", disable=rank > 0 or None, leave=False)
         with self._batch_clock, self._bar:
             for index, images in enumerate(self._bar):
@@ -217,7 +218,7 @@ class Run:
         self._tables.setdefault(table, [header]).append(line)
 
     def _write_tables(self):
-        for name, lines in self._tables.items() if parallel.is_first() else ():
+        for name, lines in self._tables.items() if parallel.rank() == 0 else ():
             self._attempt(f"{name}.csv", files.write_atomically, "".join(lines).encode())
 
     def _attempt(self, name, write, *arguments, **options):
@@ -241,11 +242,8 @@ class Run:
         shown = [f"{name} {value:.4g}" for name, value in values.items()]
         seconds, done = self._clock.seconds, self.fraction_done(self.epochs_done / self._num_epochs)
         time_left = f", {seconds * (1 / done - 1) / 60:.0f} min to go" if 0 < done < 1 else ""
-        title = f"{self._title(self.epochs_done)} ({seconds:.0f} s{time_left})"
+        title = f"epoch {self.epochs_done}{self._of_all} ({seconds:.0f} s{time_left})"
         machine.say("  ".join([title, *shown, *words]))
-
-    def _title(self, epoch):
-        return f"epoch {epoch}" + ("" if self.args.minutes else f"/{self._num_epochs}")
 
     def _save(self, finished=False):
         modules = {name: each.state_dict() for name, each in self._modules.items()}
@@ -262,7 +260,7 @@ class Run:
             seconds=(self._clock.seconds, self._batch_clock.seconds),
             random=machine.random_states(self.device),
         )
-        if parallel.is_first():
+        if parallel.rank() == 0:
             files.save_tensors(self.folder / "checkpoint.pt", content)
 
     def _restore(self, content, path):
@@ -271,7 +269,7 @@ class Run:
         vars(self).update(content["state"])
         self._tables = {name: [text] for name, text in content["tables"].items()}
         self._clock.before, self._batch_clock.before = content["seconds"]
-        if parallel.is_first():
+        if parallel.rank() == 0:
             machine.set_random_states(content["random"], self.device)
         else:  # noise of its own, which no earlier part of the training has had
             torch.manual_seed(self.args.seed + 1_000_003 * parallel.rank() + self.images_seen)
@@ -280,8 +278,7 @@ class Run:
     def _on_signal(self, number, _):
         in_batches = self._batch_clock.started is not None
         if self._signal or not (in_batches or parallel.num_processes() > 1):
-            what = "the batches since the last checkpoint" if in_batches else "this evaluation"
-            raise machine.Stopped(number, f"--resume goes on and repeats {what}")
+            raise KeyboardInterrupt(number, "--resume goes on before this epoch or evaluation")
         self._signal = number
         machine.say("\nstopping after this batch or evaluation; a second signal stops now", file=sys.stderr)
 
@@ -290,4 +287,4 @@ class Run:
         number = int(parallel.largest(self._signal or 0, self.device))
         if number:
             self._save()
-            raise machine.Stopped(number, "the checkpoint is saved, and --resume goes on")
+            raise KeyboardInterrupt(number, "the checkpoint is saved, and --resume goes on")

@@ -111,20 +111,16 @@ class Child:
     """A process under way that calls a function of the tests; `end()` waits for it."""
 
     def __init__(self, context, folder, function, arguments):
-        self.folder = folder
+        self.streams = folder / "stdout", folder / "stderr"
         self.process = context.Process(target=children.call, args=(folder, function, arguments))
         self.process.start()
-
-    def printed(self, stream="stdout"):
-        path = self.folder / stream
-        return path.read_text() if path.exists() else ""
 
     def end(self):
         """Wait for the process; return it with its exit code, minus the signal's number if one killed it."""
         self.process.join(TIMEOUT)
         assert self.process.exitcode is not None, "the process hangs"
-        code, printed = self.process.exitcode, [self.printed(each) for each in ("stdout", "stderr")]
-        return subprocess.CompletedProcess(self.folder, code, *printed)
+        printed = [path.read_text() if path.exists() else "" for path in self.streams]
+        return subprocess.CompletedProcess([], self.process.exitcode, *printed)
 
 
 @pytest.fixture(scope="session")
@@ -215,24 +211,20 @@ def call_here(processes_here):
     return commands
 
 
-class Accepted(Exception):
-    """The command line was accepted, and the run would start in this folder."""
-
-
 @pytest.fixture
 def folder_of(monkeypatch):
     """Return a function that gives the folder in which a command would write, without running it."""
 
-    def accept(*arguments):
-        raise Accepted(next(each for each in arguments if isinstance(each, Path)))
+    def stop(*arguments):
+        raise LookupError(next(each for each in arguments if isinstance(each, Path)))
 
-    monkeypatch.setattr(cli, "Run", accept)
-    monkeypatch.setattr(ablation, "run_all", accept)
+    monkeypatch.setattr(cli, "Run", stop)
+    monkeypatch.setattr(ablation, "run_all", stop)
 
     def folder(module, *flags):
-        with pytest.raises(Accepted) as accepted:
+        with pytest.raises(LookupError) as stopped:
             module.main([*map(str, flags)])
-        return accepted.value.args[0]
+        return stopped.value.args[0]
 
     return folder
 

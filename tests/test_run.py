@@ -15,7 +15,7 @@ from utils import cli, files, machine, metrics
 from utils.figures import STYLE
 from utils.run import Run
 
-JUDGE, JUDGE_THRESHOLDED = metrics.judge_sampler, metrics.judge_thresholded
+JUDGE = metrics.judge_sampler
 
 # ---------------------------------------------------------------------------------------------------------
 # Files
@@ -126,13 +126,6 @@ def test_a_training_that_diverges_is_stopped(name, call_step, bare_steps, tmp_pa
     assert_refused(call_step(STEPS[name], *flags_of(name, tmp_path, *flags)), "lower the learning rate")
     assert files.all_finite(content(tmp_path, "checkpoint.pt")["modules"])
     assert not (tmp_path / "model.pt").exists()
-
-
-@pytest.mark.parametrize("name", STEPS)
-def test_batches_of_one_image(name, call_step, bare_steps, monkeypatch, tmp_path):
-    monkeypatch.setattr(metrics, "judge_thresholded", JUDGE_THRESHOLDED)
-    done = call_step(STEPS[name], *flags_of(name, tmp_path, "--batch-size", 1))
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", STEPS)

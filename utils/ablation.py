@@ -37,7 +37,7 @@ class Planned:
         """Tell whether the folder has a run with these options. A variant may have been edited meanwhile."""
         config = files.read_if_there(self.folder / "config.json")
         wanted = json.loads(json.dumps(self.changes))  # tuples as lists
-        return bool(config) and wanted.items() <= config["hyperparameters"].items()
+        return bool(config) and wanted.items() <= config.get("hyperparameters", {}).items()
 
     def is_complete(self):
         """Tell whether the run is finished, and has left what tables and figures need."""
@@ -76,7 +76,6 @@ def run_all(step, folder, args, argv, reported):
         seeds = range(args.seed, args.seed + (args.seeds or (of_variant if name else of_default)))
         planned[name] = [Planned(step, name, seed, top.joinpath(f"seed_{seed}", *below)) for seed in seeds]
 
-    files.make_folder(top)
     with files.lock(top):
         flags, length = common_flags(step, settings, args, argv)
         keep_flags(top, [*length, *flags])

@@ -84,25 +84,22 @@ def csv_text(rows):
     return text.getvalue()
 
 
-def read_csv(path):
-    """Read a CSV file as dicts."""
-    return read_rows(path.read_text())
-
-
-def read_rows(text):
-    """Read the text of a CSV file as dicts, with numbers as floats and empty cells as None."""
-    rows = [*csv.DictReader(text.splitlines())]
-    for row in rows:
-        for name, cell in row.items():
-            with contextlib.suppress(ValueError):  # a word
-                row[name] = float(cell) if cell else None
-    return rows
-
-
 def read_columns(text):
-    """Read the text of a CSV file as lists by the name of the column."""
-    rows = read_rows(text)
-    return {name: [row[name] for row in rows] for name in rows[0]}
+    """Read the text of a CSV file as lists by the name of the column: numbers as floats, empty cells as None."""
+
+    def read(cell):
+        try:
+            return float(cell) if cell else None
+        except ValueError:  # a word
+            return cell
+
+    return {name: [read(cell) for cell in cells] for name, *cells in zip(*csv.reader(text.splitlines()))}
+
+
+def read_csv(path):
+    """Read a CSV file as dicts, one for each row."""
+    columns = read_columns(path.read_text())
+    return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
 
 def metric(value, unit, formula, **more):

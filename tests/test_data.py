@@ -214,8 +214,6 @@ def test_ranges_and_binarisation():
     noise = torch.Generator()
     first, second = (binarize(pixels.repeat(50), "stochastic", noise.manual_seed(seed)) for seed in (3, 3))
     assert torch.equal(first, second)
-    with pytest.raises(KeyError, match="thresold"):
-        binarize(pixels, "thresold")
 
 
 def test_distortion_is_small_and_leaves_the_other_images_alone():

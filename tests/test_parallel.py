@@ -1,8 +1,6 @@
 """Step 2 trained by two processes of torchrun: their losses, signals and resumption, and what is refused."""
 
-import csv
 import importlib.util
-import json
 import os
 import socket
 import subprocess
@@ -15,6 +13,7 @@ import hw2_step1_main as step1
 import hw2_step2_main as step2
 from tests import children
 from tests.conftest import ROOT, TIMEOUT, assert_refused, position
+from utils.files import read_csv, read_json
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 SCRIPT = """import sys
@@ -24,8 +23,8 @@ children.train("pixelcnn", sys.argv[1:], children.draw_nothing)
 
 
 def losses(folder):
-    rows = list(csv.DictReader((folder / "losses.csv").open()))
-    return [float(row[key]) for row in rows for key in ("train_nll", "test_nll") if row[key]]
+    rows = read_csv(folder / "losses.csv")
+    return [row[key] for row in rows for key in ("train_nll", "test_nll") if row[key]]
 
 
 @pytest.fixture
@@ -53,7 +52,7 @@ def test_two_processes_have_the_losses_of_one(name, batch_size, train_by_two, st
     assert one.returncode == 0, one.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-2)
     assert losses(tmp_path / "two")[1:] != losses(tmp_path / "two")[:-1]
-    assert json.loads((tmp_path / "two" / "config.json").read_text())["processes"] == 2
+    assert read_json(tmp_path / "two" / "config.json")["processes"] == 2
 
 
 @pytest.mark.skipif(

@@ -142,8 +142,9 @@ def train_all(commands, device):
         name, words = command
         process = subprocess.Popen(words, **settings)
         processes.append(process)
-        lines = process.communicate()[1].decode(errors="replace").splitlines() or ["no message"]
-        return process.returncode, f"{name}: {lines[-1] if process.returncode else 'done'}"
+        errors = process.communicate()[1].decode(errors="replace").splitlines()
+        code = process.returncode
+        return code, f"{name}: {[f'exit code {code}', *errors][-1] if code else 'done'}"
 
     with machine.catch_signals(stop), ThreadPool(workers) as pool:
         try:

@@ -227,7 +227,7 @@ def exit_code(work, name):
     except UserError as error:
         message, code = str(error), 2
     except KeyboardInterrupt as stop:  # of a run or an ablation, with the signal and what to do next
-        number, hint = stop.args or (signal.SIGINT, "interrupted")
+        number, hint = stop.args if len(stop.args) == 2 else (signal.SIGINT, "interrupted")
         message, code = f"stopped by {signal.Signals(number).name}; {hint}", 128 + number
     except (RuntimeError, MemoryError) as error:
         if not files.lacks_memory(error):

@@ -6,11 +6,9 @@ run goes on.
 
 import functools
 import os
-import shutil
 import signal
 import sys
 import warnings
-from functools import partial
 from io import FileIO
 from pathlib import Path
 
@@ -74,17 +72,14 @@ def black_images(network, shape, *_):
 @functools.cache
 def few_images(data_dir, dataset="MNIST", device="cpu", held_out=False):
     """Load 200 training and 200 test images of MNIST in place of `utils.data.load_data`, whatever the data set."""
-    return tuple(
-        tuple(each[:200] for each in part) for part in load_data(data_dir, "MNIST", device, held_out)
-    )
+    sets = load_data(data_dir, "MNIST", device, held_out)
+    return tuple((images[:200], labels[:200]) for images, labels in sets)
 
 
 def judge_nothing(run, *_):
     """Return black samples and a made-up metric in place of `utils.metrics.judge_sampler`."""
-    results = (
-        dict(frechet_distance=files.metric(1.0, "unit", "formula")) if run.args.dataset == "MNIST" else {}
-    )
-    return torch.zeros(10, 1, 28, 28), results
+    made_up = dict(frechet_distance=files.metric(1.0, "unit", "formula"))
+    return torch.zeros(10, 1, 28, 28), made_up if run.args.dataset == "MNIST" else {}
 
 
 def log_a_weight(run, generator, *_):
@@ -143,20 +138,6 @@ def interrupt_evaluation(epoch, number=signal.SIGINT, setting=setattr):
         print_epoch(self, *values)
 
     setting(Run, "print_epoch", interrupted)
-
-
-def remove_folder(folder, after):
-    """Remove the folder of the run in the batch of number 6, or when an epoch has been printed."""
-    if after == "batch":
-        in_batch(6, partial(shutil.rmtree, folder))
-        return
-    print_epoch = Run.print_epoch
-
-    def removing(self, *values):
-        print_epoch(self, *values)
-        shutil.rmtree(folder)
-
-    Run.print_epoch = removing
 
 
 def ignore_hang_up():

@@ -67,6 +67,12 @@ def content(folder, name):
     return torch.load(folder / name, weights_only=True)
 
 
+def position(folder):
+    """Return how many whole epochs, and batches of the next one, the checkpoint of a run has."""
+    state = content(folder, "checkpoint.pt")["state"]
+    return state["_epoch"], state["_batch"]
+
+
 def same(first, second):
     """Tell whether two nested values are equal, tensors bit for bit."""
     if isinstance(first, torch.Tensor):
@@ -88,7 +94,7 @@ def assert_same_run(first, second):
     """Check that two finished runs have the same weights, tables, metrics and optimisers, bit for bit."""
     assert same(content(first, "model.pt"), content(second, "model.pt"))
     ours, theirs = content(first, "checkpoint.pt"), content(second, "checkpoint.pt")
-    for key in ("modules", "random", "snapshots", "position"):
+    for key in ("modules", "random", "state"):
         assert same(ours[key], theirs[key]), key
     assert {each.name for each in first.glob("*.csv")} == {each.name for each in second.glob("*.csv")}
     for path in first.glob("*.csv"):
@@ -105,20 +111,16 @@ class Child:
     """A process under way that calls a function of the tests; `end()` waits for it."""
 
     def __init__(self, context, folder, function, arguments):
-        self.folder = folder
+        self.streams = folder / "stdout", folder / "stderr"
         self.process = context.Process(target=children.call, args=(folder, function, arguments))
         self.process.start()
-
-    def printed(self, stream="stdout"):
-        path = self.folder / stream
-        return path.read_text() if path.exists() else ""
 
     def end(self):
         """Wait for the process; return it with its exit code, minus the signal's number if one killed it."""
         self.process.join(TIMEOUT)
         assert self.process.exitcode is not None, "the process hangs"
-        code, printed = self.process.exitcode, [self.printed(each) for each in ("stdout", "stderr")]
-        return subprocess.CompletedProcess(self.folder, code, *printed)
+        printed = [path.read_text() if path.exists() else "" for path in self.streams]
+        return subprocess.CompletedProcess([], self.process.exitcode, *printed)
 
 
 @pytest.fixture(scope="session")
@@ -173,25 +175,25 @@ def edit(monkeypatch, tmp_path):
 
 
 class Process:
-    """What `subprocess.Popen` would give for a process that has ended with the exit code run(command, stderr)."""
+    """What `subprocess.Popen` would give for a process that has ended: run(command) is its exit code and its errors."""
 
-    def __init__(self, run, command, stderr=None, **_):
-        self.returncode = run(command, stderr)
+    def __init__(self, run, command, **_):
+        self.returncode, self.errors = run(command)
 
-    def poll(self):
-        return self.returncode
+    def communicate(self):
+        return None, self.errors
 
-    wait = terminate = poll
+    wait = terminate = communicate
 
 
 @pytest.fixture
 def processes_here(monkeypatch):
-    """Return a function that lets an ablation call run(command, stderr) in place of each process."""
+    """Return a function that lets an ablation call run(command) in place of each process."""
 
     def replace(run):
-        popen = SimpleNamespace(Popen=partial(Process, run), DEVNULL=subprocess.DEVNULL)
+        popen = SimpleNamespace(Popen=partial(Process, run), DEVNULL=None, PIPE=None)
         monkeypatch.setattr(ablation, "subprocess", popen)
-        monkeypatch.setattr(ablation, "time", SimpleNamespace(sleep=lambda _: None))
+        monkeypatch.setattr(ablation, "num_workers", lambda device: 1)
 
     return replace
 
@@ -201,32 +203,28 @@ def call_here(processes_here):
     """Let an ablation call the main of each of its runs in this process; return the list of commands."""
     commands = []
 
-    def run(command, _):
+    def run(command):
         commands.append(command)
-        return importlib.import_module(Path(command[1]).stem).main(command[2:])
+        return importlib.import_module(Path(command[1]).stem).main(command[2:]), b""
 
     processes_here(run)
     return commands
-
-
-class Accepted(Exception):
-    """The command line was accepted, and the run would start in this folder."""
 
 
 @pytest.fixture
 def folder_of(monkeypatch):
     """Return a function that gives the folder in which a command would write, without running it."""
 
-    def accept(*arguments):
-        raise Accepted(next(each for each in arguments if isinstance(each, Path)))
+    def stop(*arguments):
+        raise LookupError(next(each for each in arguments if isinstance(each, Path)))
 
-    monkeypatch.setattr(cli, "Run", accept)
-    monkeypatch.setattr(ablation, "run_all", accept)
+    monkeypatch.setattr(cli, "Run", stop)
+    monkeypatch.setattr(ablation, "run_all", stop)
 
     def folder(module, *flags):
-        with pytest.raises(Accepted) as accepted:
+        with pytest.raises(LookupError) as stopped:
             module.main([*map(str, flags)])
-        return accepted.value.args[0]
+        return stopped.value.args[0]
 
     return folder
 

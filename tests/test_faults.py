@@ -19,7 +19,7 @@ import torch
 
 from tests import children
 from tests.children import FLAGS, STEPS
-from tests.conftest import ROOT, TIMEOUT, assert_refused, assert_same_run, content, flags_of
+from tests.conftest import ROOT, TIMEOUT, assert_refused, assert_same_run, flags_of, position
 from utils import files, machine
 
 STOPS = 5  # of each network by each signal, at random moments
@@ -78,8 +78,8 @@ def stop_and_resume(start, whole, name, folder, *hooks, after=None, number=signa
     existed = (folder / "checkpoint.pt").exists()
     said = max([int(epoch) for epoch in re.findall(r"^epoch (\d+)/", stopped.stdout, re.M)], default=0)
     if existed:
-        epoch, batch, num_batches, *_ = content(folder, "checkpoint.pt")["position"]
-        assert epoch + batch / num_batches >= said, "the checkpoint of an epoch is older than its line"
+        epoch, batch = position(folder)
+        assert epoch + batch / BATCHES >= said, "the checkpoint of an epoch is older than its line"
     else:
         assert said == 0
         assert_refused(start(children.train, name, [*flags, "--resume"], *SHORT).end(), "no checkpoint")
@@ -124,7 +124,7 @@ def test_second_ctrl_c_stops_at_once_and_leaves_the_checkpoint(start, whole, tmp
     flags = ["--batch-size", 8, "--out-dir", tmp_path]
     done = start(children.train, "vae", flags, *SHORT, partial(children.interrupt, 7, 2)).end()
     assert done.returncode == 130 and "Traceback" not in done.stderr
-    assert content(tmp_path, "checkpoint.pt")["position"][:2] == (0, BATCHES)
+    assert position(tmp_path) == (0, BATCHES)
     assert start(children.train, "vae", [*flags, "--resume"], *SHORT).end().returncode == 0
     assert_same_run(tmp_path, whole("vae")[0])
 
@@ -167,13 +167,11 @@ def test_a_file_that_another_program_holds(name, start, whole, tmp_path):
     assert_same_run(tmp_path, whole("gan")[0])
 
 
-@pytest.mark.parametrize("after", ["batch", "epoch"])
-def test_a_folder_that_is_removed_while_the_run_writes(after, start, whole, tmp_path):
+def test_a_folder_that_is_removed_while_the_run_writes(start, whole, tmp_path):
     """It is made again, with every file."""
     folder = tmp_path / "run"
-    remove = partial(children.remove_folder, folder, after)
-    flags = ["--batch-size", 8, "--out-dir", folder]
-    done = start(children.train, "gan", flags, *SHORT, remove).end()
+    remove = partial(children.in_batch, 6, partial(shutil.rmtree, folder))
+    done = start(children.train, "gan", ["--batch-size", 8, "--out-dir", folder], *SHORT, remove).end()
     assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
     assert_same_run(folder, whole("gan")[0])
     assert (folder / "config.json").exists()
@@ -226,12 +224,9 @@ def test_nothing_that_other_systems_lack(call_step, bare_steps, monkeypatch, tmp
 
     for owner, name in ((os, "fork"), (os, "sched_getaffinity"), (signal, "SIGHUP"), (signal, "SIGUSR1")):
         monkeypatch.delattr(owner, name, raising=False)
-    for owner, name, value in (
-        (subprocess, "Popen", refuse),
-        (machine.ctypes, "CDLL", refuse),
-        (files, "fcntl", None),
-    ):
-        monkeypatch.setattr(owner, name, value)
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    monkeypatch.setattr(machine.ctypes, "CDLL", refuse)
+    monkeypatch.setattr(files, "fcntl", None)
     for variable in ("DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(variable, raising=False)
     done = call_step(STEPS["vae"], *flags_of("vae", tmp_path))

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 import hw2_step1_main as step1
 import hw2_step2_main as step2
@@ -14,21 +15,11 @@ from tests.children import STEPS
 from tests.conftest import assert_refused, content, flags_of
 from utils import files
 
-# ---------------------------------------------------------------------------------------------------------
-# Writing and locking
-
 
 def test_a_csv_is_read_as_it_was_written(tmp_path):
-    path, rows = (
-        tmp_path / "table.csv",
-        [dict(name="a", value=0.5, count=3), dict(name="b", value=None, count=4)],
-    )
-    path.write_text(files.csv_text(rows))
-    assert files.read_csv(path) == rows
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Reading
+    rows = [dict(name="a", value=0.5, count=3), dict(name="b", value=None, count=4)]
+    (tmp_path / "table.csv").write_text(files.csv_text(rows))
+    assert files.read_csv(tmp_path / "table.csv") == rows
 
 
 class _Payload:
@@ -60,9 +51,10 @@ def damaged(path, damage, other):
     return path.read_bytes()
 
 
-@pytest.mark.parametrize(
-    "damage", ["empty", "truncated", "altered", "pickle", "pickle in a zip", "other step", "other values"]
-)
+DAMAGES = ["empty", "truncated", "altered", "pickle", "pickle in a zip", "other step", "other values"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("file, mode", [("checkpoint.pt", "--resume"), ("model.pt", "--sample-only")])
 def test_bad_files_are_refused(damage, file, mode, call_step, bare_steps, trained, tmp_path):
     path = shutil.copytree(trained["vae"], tmp_path / "run") / file
@@ -73,39 +65,23 @@ def test_bad_files_are_refused(damage, file, mode, call_step, bare_steps, traine
     assert path.read_bytes() == before and not (tmp_path / "pwned").exists()
 
 
-def fill_with_nan(value):
-    """Return the same nested value with every floating tensor NaN."""
-    if isinstance(value, torch.Tensor):
-        return torch.full_like(value, torch.nan) if value.is_floating_point() else value
-    if isinstance(value, dict):
-        return {key: fill_with_nan(each) for key, each in value.items()}
-    return [*map(fill_with_nan, value)] if isinstance(value, list) else value
-
-
-def cut(value):
-    """Return the same nested value with every tensor shortened to its first item."""
-    if isinstance(value, torch.Tensor):
-        return value[:1] if value.dim() else value
-    if isinstance(value, dict):
-        return {key: cut(each) for key, each in value.items()}
-    return [*map(cut, value)] if isinstance(value, list) else value
-
-
 @pytest.mark.parametrize("name", STEPS)
 def test_checkpoints_and_models_of_nan_or_of_another_network(name, call_step, bare_steps, trained, tmp_path):
     folder = shutil.copytree(trained[name], tmp_path / "run")
     flags = flags_of(name, folder)
     draw = ["--sample-only", "--model", folder / "model.pt"]
     checkpoint, model = content(folder, "checkpoint.pt"), content(folder, "model.pt")
-    modules, weights = checkpoint["modules"], model["weights"]
-    first = next(iter(weights))
-    renamed = {("renamed" if key == first else key): value for key, value in weights.items()}
+    states = {key: whole[key] for whole, key in ((checkpoint, "modules"), (model, "weights"))}
+    nan = tree_map_only(torch.Tensor, lambda each: each * torch.nan, states)
+    cut = tree_map_only(torch.Tensor, lambda each: each[:1] if each.dim() else each, states)
+    first, *others = model["weights"]
+    renamed = {"renamed" if key == first else key: model["weights"][key] for key in (first, *others)}
     for file, whole, wrong, more, *expected in (
-        ("checkpoint.pt", checkpoint, {"modules": fill_with_nan(modules)}, ["--resume"], "not finite"),
-        ("checkpoint.pt", checkpoint, {"modules": cut(modules)}, ["--resume"], "does not fit"),
+        ("checkpoint.pt", checkpoint, {"modules": nan["modules"]}, ["--resume"], "not finite"),
+        ("checkpoint.pt", checkpoint, {"modules": cut["modules"]}, ["--resume"], "does not fit"),
         ("checkpoint.pt", checkpoint, {"version": 1}, ["--resume"], "of another version"),
-        ("model.pt", model, {"weights": fill_with_nan(weights)}, draw, "not finite"),
-        ("model.pt", model, {"weights": cut(weights)}, draw, "does not fit", "train anew"),
+        ("model.pt", model, {"weights": nan["weights"]}, draw, "not finite"),
+        ("model.pt", model, {"weights": cut["weights"]}, draw, "does not fit", "train anew"),
         ("model.pt", model, {"weights": renamed}, draw, first, "unexpected renamed", "models", "train anew"),
     ):
         torch.save({**whole, **wrong}, folder / file)

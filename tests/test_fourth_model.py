@@ -3,8 +3,6 @@
 The toy of toy_model.py and toy_step.py is copied into a copy of the project, as a student would add it.
 """
 
-import csv
-import json
 import os
 import re
 import shutil
@@ -16,6 +14,7 @@ import pytest
 import models
 from tests import children
 from tests.conftest import ROOT, TIMEOUT, assert_refused, assert_same_run, content
+from utils.files import read_csv, read_json
 
 TOY = {"toy_model.py": "models/mixture.py", "toy_step.py": "hw2_step4_main.py"}
 SMALL = ["--dry-run", "--components", 3, "--batch-size", 16]
@@ -53,7 +52,7 @@ def test_a_user_runs_it(project):
     folder = project / "results" / "step4_mixture" / "runs" / "dry_run"
     names = "config.json metrics.json losses.csv loss.png samples.png model.pt checkpoint.pt"
     assert set(names.split()) <= {path.name for path in folder.iterdir()}
-    assert {"test_nll", "frechet_distance"} <= json.loads((folder / "metrics.json").read_text()).keys()
+    assert {"test_nll", "frechet_distance"} <= read_json(folder / "metrics.json").keys()
 
 
 def test_it_is_interrupted_and_resumed_bit_for_bit(import_step, call_step, monkeypatch, tmp_path):
@@ -65,7 +64,7 @@ def test_it_is_interrupted_and_resumed_bit_for_bit(import_step, call_step, monke
     assert "weight decay of Adam (0.0)" in call_step(step4, "--help").stdout
     flags = [*SMALL, "--weight-decay", 0.5, "--out-dir"]
     assert call_step(step4, *flags, tmp_path / "whole").returncode == 0
-    found = json.loads((tmp_path / "whole" / "config.json").read_text())["hyperparameters"]
+    found = read_json(tmp_path / "whole" / "config.json")["hyperparameters"]
     assert found == dict(num_epochs=2, batch_size=16, learning_rate=3e-2, weight_decay=0.5, components=3)
     with monkeypatch.context() as patch:
         children.interrupt(4, setting=patch.setattr)
@@ -79,7 +78,7 @@ def test_it_is_sampled_and_ablated(import_step, call_step, call_here, monkeypatc
     flags = ["--ablation", "--seeds", 1, "--dry-run", "--batch-size", 16, "--out-dir", tmp_path]
     done = call_step(step4, *flags)
     assert done.returncode == 0, done.stderr
-    rows = list(csv.DictReader((tmp_path / "ablation.csv").open()))
+    rows = read_csv(tmp_path / "ablation.csv")
     assert [row["variant"] for row in rows] == ["default", "few"] and len(call_here) == 2
     folder = tmp_path / "ablation" / "seed_0" / "variants" / "few"
     assert len(content(folder, "model.pt")["weights"]["pixels"]) == 10

@@ -14,8 +14,7 @@ import signal
 import statistics
 import subprocess
 import sys
-import tempfile
-import time
+from multiprocessing.pool import ThreadPool
 
 from tqdm import tqdm
 
@@ -36,10 +35,9 @@ class Planned:
 
     def is_begun(self):
         """Tell whether the folder has a run with these options. A variant may have been edited meanwhile."""
-        path = self.folder / "config.json"
-        theirs = files.read_json(path).get("hyperparameters", {}) if path.exists() else {}
+        config = files.read_if_there(self.folder / "config.json")
         wanted = json.loads(json.dumps(self.changes))  # tuples as lists
-        return path.exists() and wanted.items() <= theirs.items()
+        return bool(config) and wanted.items() <= config.get("hyperparameters", {}).items()
 
     def is_complete(self):
         """Tell whether the run is finished, and has left what tables and figures need."""
@@ -78,7 +76,6 @@ def run_all(step, folder, args, argv, reported):
         seeds = range(args.seed, args.seed + (args.seeds or (of_variant if name else of_default)))
         planned[name] = [Planned(step, name, seed, top.joinpath(f"seed_{seed}", *below)) for seed in seeds]
 
-    files.make_folder(top)
     with files.lock(top):
         flags, length = common_flags(step, settings, args, argv)
         keep_flags(top, [*length, *flags])
@@ -120,7 +117,7 @@ def num_workers(device):
 
 def duration(reported, args, count):
     """Return how long so many runs take, by the time of the reported run, as text."""
-    took = files.metrics_of(reported).get("wall_time")
+    took = files.read_if_there(reported / "metrics.json").get("wall_time")
     if not took or args.dry_run or not count:
         return ""
     minutes = took["value"] / 60 * count / min(count, num_workers(args.device))
@@ -132,35 +129,42 @@ def train_all(commands, device):
 
     A signal to this process, or its end, ends the runs after the batch under way, with their checkpoints saved.
     """
-    workers, waiting, running, failures = num_workers(device), [*commands], {}, []
-    settings = dict(preexec_fn=end_with_parent if sys.platform == "linux" else None)
-    if min(workers, len(commands)) > 1:
+    workers = max(1, min(num_workers(device), len(commands)))
+    settings = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    # In a session of its own, a signal of the terminal reaches a run through this process alone.
+    settings |= dict(start_new_session=True, preexec_fn=end_with_parent if sys.platform == "linux" else None)
+    if workers > 1:
         settings["env"] = {**os.environ, "OMP_NUM_THREADS": "1"}
-    bar = tqdm(total=len(commands), desc="runs", disable=None)
-    with machine.catch_signals(stop), bar:
+    processes, failures = [], []
+
+    def train(command):
+        """Return the exit code of a run, and what to print about it."""
+        name, words = command
+        process = subprocess.Popen(words, **settings)
+        processes.append(process)
+        errors = process.communicate()[1].decode(errors="replace").splitlines()
+        code = process.returncode
+        return code, f"{name}: {[f'exit code {code}', *errors][-1] if code else 'done'}"
+
+    with machine.catch_signals(stop), ThreadPool(workers) as pool:
         try:
-            while waiting or running:
-                while waiting and len(running) < workers:
-                    name, words = waiting.pop(0)
-                    streams = dict(stdout=subprocess.DEVNULL, stderr=tempfile.TemporaryFile())
-                    # In a session of its own, a signal of the terminal reaches it through this process alone.
-                    process = subprocess.Popen(words, start_new_session=True, **streams, **settings)
-                    running[process] = name, streams["stderr"]
-                time.sleep(0.1)
-                for process in [each for each in running if each.poll() is not None]:
-                    failures += report(process, *running.pop(process))
-                    bar.update()
+            ended = pool.imap_unordered(train, commands)
+            for code, line in tqdm(ended, "runs", len(commands), disable=None):
+                failures += [line] if code else []
+                with tqdm.external_write_mode():
+                    machine.say(line)
         finally:
-            for process in running:
+            pool.terminate()  # so that no other begins
+            for process in processes:
                 process.terminate()
-            for process in running:
+            for process in processes:
                 process.wait()
     if failures:
         raise UserError(f"{len(failures)} of {len(commands)} runs failed, hence no table; {failures[0]}")
 
 
 def stop(number, _):
-    raise machine.Stopped(number, "the same command goes on")
+    raise KeyboardInterrupt(number, "the same command goes on")
 
 
 def end_with_parent():
@@ -169,23 +173,10 @@ def end_with_parent():
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
-def report(process, name, errors):
-    """Print how a run has ended; return a list of its failure, empty if there is none."""
-    errors.seek(0)
-    lines = errors.read().decode(errors="replace").strip().splitlines() or [f"exit code {process.returncode}"]
-    result = f"{name}: {lines[-1] if process.returncode else 'done'}"
-    with tqdm.external_write_mode():
-        machine.say(result)
-    return [result] if process.returncode else []
-
-
 def keep_flags(folder, flags):
     """Write the flags of the runs into flags.json. Earlier runs in the folder must have the same flags."""
     path = folder / "flags.json"
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else flags
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): remove it, or name another --out-dir") from None
+    kept = files.read_json(path, "remove it, or name another --out-dir") if path.exists() else flags
     if kept != flags:
         theirs = " ".join(kept) or "(none)"
         raise UserError(f"the runs in {folder} have the flags {theirs}: take these or another --out-dir")

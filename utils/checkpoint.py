@@ -1,20 +1,19 @@
 """The folder of a training run: its checkpoint, its config.json, and whether a new run may write there."""
 
-import itertools
 import math
 import platform
+from pathlib import Path
 
 import matplotlib
 import numpy
 import torch
 import torchvision
-from torch.optim.lr_scheduler import LRScheduler
 
 from utils import files, machine, parallel
 from utils.data import DATASETS
 from utils.files import UserError
 
-VERSION = 6  # of the layout of checkpoint.pt
+VERSION = 7  # of the layout of checkpoint.pt
 KEPT = "the checkpoint before it is kept; lower the learning rate or choose another --seed"
 
 
@@ -31,25 +30,39 @@ def means_of(batches):
     return means
 
 
-def find(step, folder, shorter):
-    """Return the checkpoint in a folder, or in the first of the `shorter` runs' that has one, and its path."""
-    folders = itertools.chain([folder], shorter)
-    path = next((path for each in folders if (path := each / "checkpoint.pt").is_file()), None)
+def load(run, shorter):
+    """Return the checkpoint that a run goes on from, and its path: its own, or that of the first of `shorter` runs.
+
+    Raises UserError unless it belongs to a run of the same `identity`. Without a schedule, more epochs are allowed.
+    """
+    paths = [each / "checkpoint.pt" for each in (run.folder, *shorter)]
+    path = next(filter(Path.is_file, paths), None)
     if path is None:
-        raise UserError(f"there is no checkpoint at {folder / 'checkpoint.pt'}: train without --resume")
-    content = files.load_tensors(path, (step,), "checkpoint")
+        raise UserError(f"there is no checkpoint at {paths[0]}: train without --resume")
+    content = files.load_tensors(path, (run.step,), "checkpoint")
     if content.get("version") != VERSION:
         raise UserError(f"{path} is of another version: begin anew with --restart")
+    ours, theirs = run.identity, content["identity"]
+    hint = "resume with the same flags, or begin anew with --restart"
+    if any("last_epoch" in state for state in content["modules"].values()):
+        hint += "; the learning rates follow the number of epochs"
+    elif theirs["num_epochs"] < ours["num_epochs"]:
+        theirs = {**theirs, "num_epochs": ours["num_epochs"]}
+    for key in {**theirs, **ours}:
+        if theirs.get(key) != ours.get(key):
+            difference = f"{key} {theirs.get(key)}, not {ours.get(key)}"
+            raise UserError(f"{path} was trained with {difference}: {hint}")
     return content, path
 
 
-def require_free(folder, step, args):
-    """Raise UserError if a new run in the folder would overwrite an unfinished run or results of something else."""
+def require_free(run):
+    """Raise UserError if a new run would overwrite an unfinished run, or the results of something else."""
+    folder, args = run.folder, run.args
     hint = "name another --out-dir, or add --restart to replace it"
     names = ("config.json", "metrics.json", "losses.csv", "model.pt")
     if args.out_dir and any((folder / name).exists() for name in names):
         found = files.read_json(folder / "config.json", hint).get("step")
-        if found != step:
+        if found != run.step:
             raise UserError(f"{folder} holds results of {found}: {hint}")
     own_place = args.dry_run and not args.out_dir  # where nothing is lost
     if (folder / "checkpoint.pt").exists() and not own_place and not is_finished(folder):
@@ -81,24 +94,6 @@ def describe(run):
     }
 
 
-def restore(modules, content, identity, path):
-    """Load the states of a checkpoint into networks, optimisers and schedules, by name.
-
-    Raises UserError unless it belongs to a run of the same `identity`. Without a schedule, more epochs are allowed.
-    """
-    theirs, hint = content["identity"], "resume with the same flags, or begin anew with --restart"
-    if any(isinstance(each, LRScheduler) for each in modules.values()):
-        hint += "; the learning rates follow the number of epochs"
-    elif theirs["num_epochs"] < identity["num_epochs"]:
-        theirs = {**theirs, "num_epochs": identity["num_epochs"]}
-    for key in {**theirs, **identity}:
-        if theirs.get(key) != identity.get(key):
-            difference = f"{key} {theirs.get(key)}, not {identity.get(key)}"
-            raise UserError(f"{path} was trained with {difference}: {hint}")
-    for name, each in modules.items():
-        files.load_state(each, content["modules"].get(name, {}), path, "begin anew with --restart")
-
-
 def require_finite(values, where):
     """Raise UserError if a number of the dict `values` is not finite; `where` says in which batch."""
     for name, value in values.items():
@@ -109,7 +104,7 @@ def require_finite(values, where):
 def headline(names, metrics, run):
     """Yield what a run prints at its end: its named metrics, beside those of the reported run where they compare."""
     alike = run.args.dataset == DATASETS[0] and not run.args.dry_run
-    reported = files.metrics_of(files.ROOT / "results" / run.step) if alike else {}
+    reported = files.read_if_there(files.ROOT / "results" / run.step / "metrics.json") if alike else {}
     for name in filter(metrics.get, names):
         ours, theirs = metrics[name], reported.get(name, {})
         # Other pixels are on another scale.

@@ -17,6 +17,7 @@ and perhaps
 import contextlib
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -45,8 +46,8 @@ def make_parser(step, specs):
 def add_run_flags(group):
     """Add the flags that every step has beside its options."""
     add = group.add_argument
-    minutes = "train for so long instead of a number of epochs; evaluations, figures and metrics take 1 to 6 minutes more"
-    add("--minutes", type=number(1e-9, float), metavar="M", help=minutes)
+    what = "train for so long; evaluations, figures and metrics take 1 to 6 minutes more"
+    add("--minutes", type=number(1e-9, float), metavar="M", help=what)
     add("--seed", type=number(0), default=0, metavar="N", help="seed of all random numbers (0)")
     what = "auto is cuda where there is one, else cpu"
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help=what)
@@ -60,12 +61,10 @@ def add_run_flags(group):
     begin("--restart", action="store_true", help="begin anew over what is in the folder")
     add("--sample-only", action="store_true", help="draw the figures of a trained model, without training")
     add("--model", type=folder, metavar="PATH", help="model.pt to draw from, with --sample-only")
-    what = "number of images in the sample grid, up to 5000"
-    add("--count", type=number(1, most=5000), metavar="N", help=what)
+    add("--count", type=number(1, most=5000), metavar="N", help="images in the sample grid, up to 5000")
     add("--variant", metavar="NAME", help="train a named variant")
     add("--list-variants", action="store_true", help="list the variants and why they are there, and stop")
-    what = "compare the default with the variants, or with --variant; a table"
-    add("--ablation", action="store_true", help=what)
+    add("--ablation", action="store_true", help="compare the default with all variants, or with --variant")
     add("--seeds", type=number(1), metavar="N", help="train with N seeds from --seed on; make a table")
     add("--held-out", action="store_true", help="evaluate on the last 10,000 training images, to choose by")
 
@@ -83,14 +82,11 @@ def choose_options(parser, args, specs, variants):
         for key in variants[name][1].keys() - specs:
             near = nearest(key, specs)
             parser.error(f"the variant {name!r} sets {key!r}, which does not exist: is it {near!r}?")
-    preset = {name: each.default for name, each in specs.items()}
-    preset |= variants[args.variant][1] if args.variant else {}
-    options = {name: getattr(args, name, value) for name, value in preset.items()}
-    try:
-        for values in (preset, options):
-            values.update({name: specs[name].collect(value) for name, value in values.items()})
-    except ValueError as error:
-        parser.error(str(error))
+    changes = variants[args.variant][1] if args.variant else {}
+    words = [word for name, value in changes.items() for word in specs[name].words(value)]
+    changed = vars(parser.parse_args(words))
+    preset = {name: each.collect(changed.get(name, each.default)) for name, each in specs.items()}
+    options = {name: specs[name].collect(getattr(args, name, value)) for name, value in preset.items()}
     if args.dry_run:
         preset["num_epochs"] = options["num_epochs"] = min(options["num_epochs"], DRY_RUN_EPOCHS)
         args.minutes = None
@@ -99,20 +95,20 @@ def choose_options(parser, args, specs, variants):
 
 def refuse_contradictions(parser, args, step):
     """End with one line if flags do not fit together."""
-    several = args.ablation or args.seeds
-    if args.model and not args.sample_only:
-        parser.error("--model needs --sample-only: training begins from new weights")
-    if args.minutes and "num_epochs" in args:
-        parser.error("--minutes is not allowed with --epochs")
-    if getattr(args, "complete", None) and not args.sample_only:
-        parser.error("--complete needs --sample-only: a training completes a digit of each kind")
-    if args.sample_only and not hasattr(step, "sample"):
-        parser.error("there is nothing to draw: leave out --sample-only")
-    if several and args.sample_only:
-        parser.error("--sample-only draws one run: leave out --ablation and --seeds")
-    alone = several or args.minutes or args.sample_only or not hasattr(step, "SEVERAL_PROCESSES")
-    if alone and is_torchelastic_launched():
-        parser.error("this takes one process: start it with python, not with torchrun")
+    several, draws = args.ablation or args.seeds, args.sample_only
+    may_share = hasattr(step, "SEVERAL_PROCESSES") and not (several or draws or args.minutes)
+    shares = is_torchelastic_launched()
+    contradictions = {
+        "--model needs --sample-only: training begins from new weights": args.model and not draws,
+        "--minutes is not allowed with --epochs": args.minutes and "num_epochs" in args,
+        "--complete needs --sample-only": getattr(args, "complete", None) and not draws,
+        "there is nothing to draw: leave out --sample-only": draws and not hasattr(step, "sample"),
+        "--sample-only draws one run: leave out --ablation and --seeds": several and draws,
+        "this takes one process: start it with python, not with torchrun": shares and not may_share,
+    }
+    for message, applies in contradictions.items():
+        if applies:
+            parser.error(message)
 
 
 def differences(parser, args, options, preset, own):
@@ -129,9 +125,7 @@ def differences(parser, args, options, preset, own):
         if getattr(args, name) != parser.get_default(name):
             changed[name] = getattr(args, name)
     marks = [name for name in ("held_out", "dry_run", "sample_only") if getattr(args, name)]
-    if "num_epochs" in changed:
-        changed = {"epochs": changed.pop("num_epochs"), **changed}
-    return [f"{name}={spell(value)}" for name, value in changed.items()] + marks
+    return [f"{name.replace('num_epochs', 'epochs')}={spell(each)}" for name, each in changed.items()] + marks
 
 
 def default_folder(step, variant, parts):
@@ -189,10 +183,7 @@ def run_command(step, argv):
             path = args.model or default_folder(name, args.variant, trained) / "model.pt"
         else:
             epochs = options["num_epochs"], preset["num_epochs"]
-            shorter = (
-                shorter_runs(name, args.variant, parts, *epochs) if args.resume and not args.out_dir else ()
-            )
-            run.claim_folder(shorter)
+            run.claim_folder([] if args.out_dir else shorter_runs(name, args.variant, parts, *epochs))
         machine.say(f"results go to {folder}")
         sets = load_data(args.data_dir, args.dataset, run.device, args.held_out)
         if args.sample_only:
@@ -200,10 +191,8 @@ def run_command(step, argv):
         else:
             train(step, run, *sets)
         if run.unwritten:
-            names = ", ".join(sorted(run.unwritten))
-            raise UserError(
-                f"{names} could not be written: close what holds them and repeat, a training with --resume"
-            )
+            hint = "close what holds them and repeat, a training with --resume"
+            raise UserError(f"{', '.join(sorted(run.unwritten))} could not be written: {hint}")
 
 
 def train(step, run, train_set, test_set):
@@ -211,7 +200,7 @@ def train(step, run, train_set, test_set):
     args = run.args
     length = f"{args.minutes:g} min" if args.minutes else f"{run.options['num_epochs']} epochs"
     line = f"training for {length} on {machine.hardware(run.device)}"
-    took = files.metrics_of(default_folder(run.step, args.variant, [])).get("wall_time")
+    took = files.read_if_there(default_folder(run.step, args.variant, []) / "metrics.json").get("wall_time")
     if took and not args.dry_run:
         line += f"; the reported run took {took['value'] / 60:.0f} min on {took['hardware']}"
     machine.say(line)
@@ -237,8 +226,9 @@ def exit_code(work, name):
         return end.code or 0
     except UserError as error:
         message, code = str(error), 2
-    except KeyboardInterrupt as stop:
-        message, code = str(stop) or "interrupted", 128 + getattr(stop, "number", 2)
+    except KeyboardInterrupt as stop:  # of a run or an ablation, with the signal and what to do next
+        number, hint = stop.args if len(stop.args) == 2 else (signal.SIGINT, "interrupted")
+        message, code = f"stopped by {signal.Signals(number).name}; {hint}", 128 + number
     except (RuntimeError, MemoryError) as error:
         if not files.lacks_memory(error):
             raise

@@ -62,16 +62,15 @@ def write_json(path, content):
 
 
 def read_json(path, hint="train anew"):
-    """Read a JSON object as a dict; raise UserError, which ends in the hint, if there is none."""
+    """Read a JSON file; raise UserError, which ends in the hint, if that fails."""
     try:
-        return {**json.loads(path.read_text(encoding="utf-8"))}
-    except (OSError, ValueError, TypeError) as error:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): {hint}") from None
 
 
-def metrics_of(folder):
-    """Return the content of metrics.json in a folder, or {} if there is none."""
-    path = folder / "metrics.json"
+def read_if_there(path):
+    """Read a JSON object as a dict, which is empty if there is no file."""
     return read_json(path) if path.exists() else {}
 
 
@@ -85,27 +84,22 @@ def csv_text(rows):
     return text.getvalue()
 
 
+def read_columns(text):
+    """Read the text of a CSV file as lists by the name of the column: numbers as floats, empty cells as None."""
+
+    def read(cell):
+        try:
+            return float(cell) if cell else None
+        except ValueError:  # a word
+            return cell
+
+    return {name: [read(cell) for cell in cells] for name, *cells in zip(*csv.reader(text.splitlines()))}
+
+
 def read_csv(path):
-    """Read a CSV file as dicts."""
-    return read_rows(path.read_text().splitlines())
-
-
-def read_rows(lines):
-    """Read lines of CSV as dicts, with numbers as floats and empty cells as None."""
-    rows = [*csv.DictReader(lines)]
-    for row in rows:
-        for name, cell in row.items():
-            try:
-                row[name] = float(cell) if cell else None
-            except ValueError:  # a word
-                pass
-    return rows
-
-
-def read_columns(lines):
-    """Read lines of CSV as lists by the name of the column."""
-    rows = read_rows(lines)
-    return {name: [row[name] for row in rows] for name in rows[0]}
+    """Read a CSV file as dicts, one for each row."""
+    columns = read_columns(path.read_text())
+    return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
 
 def metric(value, unit, formula, **more):
@@ -122,7 +116,8 @@ def metric(value, unit, formula, **more):
 
 
 def lock(folder):
-    """Lock the folder or raise UserError. Return the open lock file, whose closing ends the lock."""
+    """Make and lock the folder, or raise UserError. Return the open lock file, whose closing ends the lock."""
+    make_folder(folder)
     with _writing(folder):
         file = open(folder / ".lock", "a")
     try:
@@ -150,17 +145,14 @@ def load_tensors(path, steps, kind):
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not compare the check sums
-        content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"there is no {kind} to read at {path} ({reason}): train first") from None
+            if archive.testzip():  # torch.load does not compare the check sums
+                raise zipfile.BadZipFile
+        content = {**torch.load(path, map_location="cpu", weights_only=True)}
     except Exception as error:  # a damaged file raises whatever it leads zipfile, pickle and torch to
         if lacks_memory(error):
             raise
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged or not a {kind}: train anew")
+        reason = getattr(error, "strerror", None) or f"it is damaged or not a {kind}"
+        raise UserError(f"there is no {kind} to read at {path} ({reason}): train first") from None
     found = content.get("step", "something else")
     if steps and found not in steps:
         raise UserError(f"{path} is not a {kind} of {' or '.join(steps)} but of {found}: name another file")
@@ -211,10 +203,8 @@ def load_state(module, state, path, hint):
 
 def options_of(path):
     """Return the options with which the network of a model.pt was trained, or {} if neither it nor config.json says."""
-    content, config = load_tensors(path, None, "model"), path.with_name("config.json")
-    if "options" in content or not config.exists():
-        return content.get("options", {})
-    return read_json(config).get("hyperparameters", {})
+    found = load_tensors(path, None, "model").get("options")
+    return found or read_if_there(path.with_name("config.json")).get("hyperparameters", {})
 
 
 def lacks_memory(error):

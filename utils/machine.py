@@ -72,10 +72,7 @@ def seeded(device, seed=0):
 
 
 def keep_freed_memory():
-    """Make glibc keep freed memory for the next tensors.
-
-    Otherwise the system clears large blocks again and again, and a step of step 2 takes up to twice as long.
-    """
+    """Make glibc keep freed memory. Clearing large blocks anew makes a step of step 2 take up to twice as long."""
     trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # malloc.h
     with contextlib.suppress(OSError, TypeError, AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
@@ -116,44 +113,27 @@ class Clock:
         self.before, self.started = self.seconds, None
 
 
-class Stopped(KeyboardInterrupt):
-    """A signal of this number ended the work."""
-
-    def __init__(self, number, message):
-        super().__init__(f"stopped by {signal.Signals(number).name}; {message}")
-        self.number = number
-
-
-@contextlib.contextmanager
 def catch_signals(handler):
-    """Let `handler` answer the signals that ask for an end, while the block lasts.
+    """Let `handler` answer the signals that ask for an end, until the context that is returned is closed.
 
     A signal that is ignored stays so: nohup ignores SIGHUP. Python leaves signals to the main thread.
     """
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    numbers = [getattr(signal, name) for name in SIGNALS if in_main_thread and hasattr(signal, name)]
-    caught = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
-    earlier = {number: signal.signal(number, handler) for number in caught}
-    try:
-        yield
-    finally:
-        for number, each in earlier.items():
-            signal.signal(number, each)
+    earlier = contextlib.ExitStack()
+    if threading.current_thread() is threading.main_thread():
+        for number in (getattr(signal, name) for name in SIGNALS if hasattr(signal, name)):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                earlier.callback(signal.signal, number, signal.signal(number, handler))
+    return earlier
 
 
 def open_streams():
-    """Open standard streams that are closed, as a service's are, so that no other file takes their numbers.
-
-    Letters that an encoding lacks are printed as escapes.
-    """
-    while (number := os.open(os.devnull, os.O_RDWR)) < 3:
-        pass
-    os.close(number)
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))
-        if hasattr(getattr(sys, name), "reconfigure"):
-            getattr(sys, name).reconfigure(errors="backslashreplace")
+    """Open standard streams that are closed, as a service's are; print letters that an encoding lacks as escapes."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # open takes the lowest free number, so no other file gets this one
+            setattr(sys, name, open(os.devnull, "r+"))
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def say(*words, file=None):

@@ -9,128 +9,106 @@ numbers are at least 1 and others at least 0, or at least the default if that is
 """
 
 import argparse
+import contextlib
 import difflib
 import inspect
 import math
 import os
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 
 Fraction = Annotated[float, (0, 1)]
 LARGEST = 2**63 - 1  # of whole numbers, which tensors hold in 64 bits
 RANGES = {int: (1, LARGEST), float: (0, math.inf)}  # of numbers whose annotation has none
 
 
-@dataclass(frozen=True)
 class Option:
-    """One keyword-only argument. Its values are of `type`, or a tuple or list (`several`) of it."""
+    """A keyword-only argument and its flag. Its values are of `type`, or a tuple or list (`several`) of it.
 
-    name: str
-    default: Any
-    type: type
-    several: Any
-    optional: bool
-    choices: tuple
-    range: Any
-    help: str
+    Raises TypeError, which names the argument, for an annotation (`hint`) or a default of which there is no flag.
+    """
+
+    def __init__(self, name, default, hint):
+        self.name, self.default, self.optional = name, default, default is None
+        notes = []
+        while get_origin(hint) is Annotated or type(None) in get_args(hint):
+            if get_origin(hint) is Annotated:
+                notes, hint = [*notes, *hint.__metadata__], hint.__origin__
+            else:
+                self.optional, hint = True, Union[tuple({*get_args(hint)} - {type(None)})]
+        origin = get_origin(hint) or hint
+        self.several = origin if origin in (tuple, list) else None
+        self.choices = get_args(hint) if origin is Literal else ()
+        kinds = {type(each) for each in self.choices} or {hint}
+        if self.several:
+            kinds = {*get_args(hint)} - {...} or {type(each) for each in default or ()}
+        self.type = kinds.pop() if len(kinds) == 1 else None
+        has_flag = self.type in (int, float, str) or (self.type is bool and not self.several)
+        if not has_flag or default is inspect.Parameter.empty:
+            words = f"the type {hint} and the default {default}, of which utils/options.py makes no flag"
+            raise TypeError(f"the argument {name!r} has {words}")
+        self.limits = RANGES.get(self.type)
+        if self.limits and isinstance(default, (int, float)):
+            self.limits = min(self.limits[0], default), self.limits[1]
+        self.help = " ".join(each for each in notes if isinstance(each, str))
+        for each in notes:
+            if isinstance(each, range):
+                self.choices = each
+            elif isinstance(each, tuple):
+                self.limits = each
 
     @property
     def flag(self):
         return "--epochs" if self.name == "num_epochs" else "--" + self.name.replace("_", "-")
 
-    @property
-    def wanted(self):
-        """What a value has to be, in words."""
-        if self.choices:
-            return " or ".join(map(str, self.choices))
-        if isinstance(self.range, range):
-            return f"a whole number of {self.range}"
-        kind = {int: "a whole number", float: "a number"}.get(self.type, f"a {self.type.__name__}")
-        if not self.range:
-            return kind
-        least, most = self.range
-        return f"{kind} of at least {least:g}" if most >= LARGEST else f"{kind} from {least:g} to {most:g}"
-
     def parse(self, text):
         """Convert one word of the command line, where None is spelled `none`; argparse calls this."""
         if self.optional and text.lower() == "none":
             return None
-        try:
+        with contextlib.suppress(ValueError):
             value = self.type(text)
-        except ValueError:
-            value = None
-        if not self._fits(value):
-            raise argparse.ArgumentTypeError(f"takes {self.wanted}, not {text!r}")
-        return value
+            if self._allows(value):
+                return value
+        allowed = f"{self.type.__name__} values in {self.choices or self.limits}"
+        raise argparse.ArgumentTypeError(f"takes {allowed}, not {text!r}")
 
-    def collect(self, value):
-        """Return what argparse found, or a value of VARIANTS, in the form of the annotation: a tuple or a list.
+    def _allows(self, value):
+        if self.choices:
+            return value in self.choices
+        return not self.limits or (self.limits[0] <= value <= self.limits[1] and math.isfinite(value))
 
-        Raises ValueError if the flag would not take it. The default is always right.
-        """
-        value = None if value == [None] else value
-        if value == self.default or (self.optional and value is None):
-            return value
-        many = isinstance(value, (list, tuple))
-        values = value if many else [value]
-        if many != bool(self.several) or not values or not all(map(self._fits, values)):
-            raise ValueError(f"{self.name} takes {self.wanted}, not {value!r}")
-        return self.several(value) if many else value
+    def collect(self, found):
+        """Return what argparse found, or a default, in the form of the annotation: a list becomes a tuple."""
+        if not isinstance(found, list):
+            return found
+        return None if found == [None] else self.several(found)
 
-    def _fits(self, value):
-        if type(value) is not self.type and not (self.type is float and type(value) is int):
-            return False
-        if self.choices or isinstance(self.range, range):
-            return value in (self.choices or self.range)
-        return not self.range or (self.range[0] <= value <= self.range[1] and math.isfinite(value))
+    def words(self, value):
+        """Spell a value as words of the command line."""
+        if self.type is bool:
+            return [self.flag if value else f"--no-{self.flag[2:]}"]
+        return [self.flag, *map(str, value if isinstance(value, (tuple, list)) else [value])]
 
     def add_to(self, group):
         """Add the flag to an argparse group. A flag that is not given sets nothing, so that a variant can set it."""
         shown = " ".join(map(str, self.default)) if self.several and self.default else self.default
-        settings = dict(dest=self.name, default=argparse.SUPPRESS)
         help = f"{self.help} ({shown})".replace("%", "%%")
+        add = partial(group.add_argument, dest=self.name, default=argparse.SUPPRESS)
         if self.type is bool:  # argparse's own BooleanOptionalAction breaks --help in some versions of Python
-            group.add_argument(self.flag, action="store_true", help=help, **settings)
-            group.add_argument(f"--no-{self.flag[2:]}", action="store_false", help="the opposite", **settings)
-            return
-        metavar = "|".join(map(str, self.choices)) or self.type.__name__.upper()
-        settings |= dict(type=self.parse, metavar=metavar, nargs="+" if self.several else None)
-        group.add_argument(self.flag, help=help, **settings)
-
-
-def make_option(name, default, hint):
-    """Make the `Option` of an argument; raise TypeError, which names it, for a type that no flag has."""
-    notes, optional = [], default is None
-    while get_origin(hint) is Annotated or type(None) in get_args(hint):
-        if get_origin(hint) is Annotated:
-            notes, hint = [*notes, *hint.__metadata__], hint.__origin__
+            add(self.flag, action="store_true", help=help)
+            add(f"--no-{self.flag[2:]}", action="store_false", help="the opposite")
         else:
-            optional, hint = True, Union[tuple({*get_args(hint)} - {type(None)})]
-    several = next((each for each in (hint, get_origin(hint)) if each in (tuple, list)), None)
-    choices = get_args(hint) if get_origin(hint) is Literal else ()
-    kinds = {type(each) for each in choices} or {hint}
-    if several:
-        kinds = {*get_args(hint)} - {...} or {type(each) for each in default or ()}
-    (kind,) = kinds if len(kinds) == 1 else (None,)
-    has_flag = kind in (int, float, str) or (kind is bool and not several)
-    if not has_flag or default is inspect.Parameter.empty:
-        words = f"the type {hint} and the default {default}, of which utils/options.py makes no flag"
-        raise TypeError(f"the argument {name!r} has {words}")
-    usual = RANGES.get(kind)
-    if usual and isinstance(default, (int, float)):
-        usual = min(usual[0], default), usual[1]
-    limits = next((each for each in notes if isinstance(each, (tuple, range))), usual)
-    texts = [each for each in notes if isinstance(each, str)]
-    return Option(name, default, kind, several, optional, choices, limits, " ".join(texts))
+            names = "|".join(self.choices) if self.type is str else ""
+            metavar = names or self.type.__name__.upper()
+            add(self.flag, type=self.parse, metavar=metavar, nargs="+" if self.several else None, help=help)
 
 
 def read_options(function):
     """Return the keyword-only arguments of a function or class as a dict of `Option` by name."""
     hints = get_type_hints(function.__init__ if inspect.isclass(function) else function, include_extras=True)
     return {
-        name: make_option(name, argument.default, hints.get(name, type(argument.default)))
+        name: Option(name, argument.default, hints.get(name, type(argument.default)))
         for name, argument in inspect.signature(function).parameters.items()
         if argument.kind is inspect.Parameter.KEYWORD_ONLY
     }
@@ -169,7 +147,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def number(least, kind=int, most=LARGEST):
     """Return an argparse type for numbers in a range."""
-    return make_option("number", least, Annotated[kind, (least, most)]).parse
+    return Option("number", least, Annotated[kind, (least, most)]).parse
 
 
 def folder(text):

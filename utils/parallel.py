@@ -29,18 +29,14 @@ def join(device):
         device = torch.device("cuda", number)
         torch.cuda.set_device(device)
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=WAITING)
-    if not is_first():
+    if rank() > 0:
         sys.stdout = open(os.devnull, "w")
     return device
 
 
 def rank():
+    """Return the number of this process. The first, or only, one has 0."""
     return distributed.get_rank() if distributed.is_initialized() else 0
-
-
-def is_first():
-    """Tell whether this process has rank 0, or is the only one."""
-    return rank() == 0
 
 
 def num_processes():
@@ -51,7 +47,7 @@ def first_process(function):
     """Decorate a function that the first process calls alone, while the others wait."""
 
     def called(*arguments):
-        if is_first():
+        if rank() == 0:
             function(*arguments)
         if distributed.is_initialized():
             distributed.barrier()
@@ -77,16 +73,16 @@ def mean(values):
 
 def largest(number, device):
     """Return the largest of the processes' numbers."""
-    if not distributed.is_initialized():
-        return number
-    numbers = torch.tensor(number, device=device)
-    distributed.all_reduce(numbers, distributed.ReduceOp.MAX)
-    return numbers.item()
+    if distributed.is_initialized():
+        numbers = torch.tensor(number, device=device)
+        distributed.all_reduce(numbers, distributed.ReduceOp.MAX)
+        number = numbers.item()
+    return number
 
 
 def leave():
     """End the work together; return whether this is the first process, which does the rest alone."""
-    first = is_first()
+    first = rank() == 0
     if distributed.is_initialized():
         distributed.destroy_process_group()
     return first

@@ -27,6 +27,8 @@ from utils.options import read_options
 
 DRY_RUN_BATCHES = 3
 BATCH_ROWS = 2000  # of batches.csv, about
+# Attributes of a run that a checkpoint holds as they are.
+STATE = "_epoch _batch _num_batches _evaluated _of_epoch _of_row iteration images_seen snapshots".split()
 
 
 class Run:
@@ -35,8 +37,10 @@ class Run:
     Attributes:
         step, args: name of the step, and its command line (utils/cli.py).
         options: dict of all options.
+        identity: dict of the options and flags that --resume compares.
         folder: Path of everything that the run writes.
         device: torch.device of the training.
+        is_new: whether no batch had been trained on when the training began.
         iteration: number of the batch under way, from 1, counted over all epochs.
         images_seen: training images so far, counted over all epochs.
         snapshots: dict of uint8 images by epoch, kept in the checkpoint.
@@ -45,20 +49,21 @@ class Run:
 
     def __init__(self, step, args, options, folder):
         self.step, self.args, self.options, self.folder = step, args, options, folder
+        flags = ("seed", "minutes", "dry_run", "held_out", "dataset")
+        self.identity = {**options, **{name: getattr(args, name) for name in flags}}
         self.device = parallel.join(machine.find_device(args.device))
         self.iteration = self.images_seen = 0
         self.snapshots, self.unwritten = {}, set()
         # Position: whole epochs, batches of the epoch under way, and whether they have been evaluated.
         self._epoch, self._batch, self._num_batches, self._evaluated = 0, 0, 1, True
-        self._lines, self._of_epoch, self._of_row = {}, [], []  # of tables by name; losses of batches
+        self._of_epoch, self._of_row = [], []  # losses of batches, of this epoch and of a row of batches.csv
+        self._tables = {}  # the lines of each CSV file
+        self._num_epochs = options["num_epochs"]
+        self._of_all = "" if args.minutes else f"/{self._num_epochs}"
         self._clock, self._batch_clock = machine.Clock(), machine.Clock()  # the second stands in evaluations
         self._open = contextlib.ExitStack()  # the lock on the folder, and the handling of signals
         self.close = self._open.close
-        self._modules, self._content, self._signal = {}, None, None
-        self._num_epochs = options["num_epochs"]
-        self._of_all = "" if args.minutes else f"/{self._num_epochs}"
-        flags = ("seed", "minutes", "dry_run", "held_out", "dataset")  # compared by --resume
-        self._identity = {**options, **{name: getattr(args, name) for name in flags}}
+        self._found = self._signal = None  # the checkpoint to resume with its path, and the signal to stop
         torch.manual_seed(args.seed + 1_000_003 * parallel.rank())  # processes draw noise of their own
 
     def arguments(self, function):
@@ -70,26 +75,25 @@ class Run:
         count = DRY_RUN_BATCHES * self.options["batch_size"]
         return tuple(each[:count] if self.args.dry_run else each for each in tensors)
 
-    def claim_folder(self, shorter=()):
+    def claim_folder(self, shorter):
         """Lock the folder, and with --resume read its checkpoint, or that of one of the `shorter` runs."""
-        files.make_folder(self.folder)
-        if parallel.is_first():
+        if parallel.rank() == 0:
             self._open.enter_context(files.lock(self.folder))
             if not (self.args.resume or self.args.restart):
-                checkpoint.require_free(self.folder, self.step, self.args)
+                checkpoint.require_free(self)
         if self.args.resume:
-            self._content, self._source = checkpoint.find(self.step, self.folder, shorter)
+            self._found = checkpoint.load(self, shorter)
 
     def resume_or_start(self, **modules):
         """Name all networks, optimisers and schedules, so that checkpoints hold them; with --resume restore them."""
         self._modules = modules
-        if self._content:
-            self._restore(self._content)
-            machine.say(f"resuming after {self.epochs_done} epochs")
+        if self._found:
+            self._restore(*self._found)
+        self.is_new = self.images_seen == 0
         self._open.enter_context(machine.catch_signals(self._on_signal))
         self._open.enter_context(self._clock)
         self._config = checkpoint.describe(self)  # while all processes are there
-        if parallel.is_first():
+        if parallel.rank() == 0:
             files.write_json(self.folder / "config.json", self._config)
         if not self.args.resume:
             self._save()
@@ -101,7 +105,6 @@ class Run:
 
     def draw(self, name, function, *arguments, **options):
         """Draw the figure `name` with `function(path, ...)`, and print its name first, so that no wait is silent."""
-        files.make_folder(self.folder)
         machine.say(f"drawing {name}")
         self._attempt(name, function, *arguments, **options)
 
@@ -121,11 +124,6 @@ class Run:
     @property
     def _done(self):
         return self._epoch + self._batch / self._num_batches
-
-    @property
-    def is_new(self):
-        """Whether no batch has been trained on yet."""
-        return self._done == 0
 
     @property
     def epochs_done(self):
@@ -149,27 +147,25 @@ class Run:
                 self._epoch, self._batch = self._epoch + 1, 0
             yield self._epoch + 1
             self._evaluated = True
-            if self._batch < self._num_batches and not self.is_last():  # left by `break`
-                self._batch = self._num_batches
-                self._save()
+            if not self.is_last():
+                self._batch = self._num_batches  # also if the loop over the batches was left by `break`
             self._write_tables()
             self._stop_if_asked()
 
     def batches(self, *tensors, batch_size):
         """Yield the shuffled batches of an epoch that are still to do, with a progress bar, then save a checkpoint."""
         chosen = shuffled_batches(len(tensors[0]), batch_size, self.args.seed, self._epoch)
-        self._num_batches = len(chosen)
-        if len(chosen[-1]) < parallel.num_processes():
+        rank, count, self._num_batches = parallel.rank(), parallel.num_processes(), len(chosen)
+        if len(chosen[-1]) < count:
             raise UserError(f"a batch has {len(chosen[-1])} images: lower the number of processes")
-        title, silent = f"epoch {self._epoch + 1}{self._of_all}", None if parallel.is_first() else True
-        self._bar = tqdm(chosen, title, unit="batch", disable=silent, leave=False)
+        title = f"epoch {self._epoch + 1}{self._of_all}"
+        self._bar = tqdm(chosen, title, unit="batch", disable=rank > 0 or None, leave=False)
         with self._batch_clock, self._bar:
             for index, images in enumerate(self._bar):
                 if index < self._batch or self.is_last():
                     continue
                 self.iteration, self._batch_images = self._epoch * len(chosen) + index + 1, len(images)
-                own = images[parallel.rank() :: parallel.num_processes()]
-                yield tuple(each[own] for each in tensors)
+                yield tuple(each[images[rank::count]] for each in tensors)
                 self.images_seen += len(images)
                 self._batch, self._evaluated = index + 1, False
                 self._stop_if_asked()
@@ -213,17 +209,17 @@ class Run:
     @property
     def tables(self):
         """The columns of each table by its name, as NAME.csv has them, so that a resumed run has the same."""
-        return {name: files.read_columns(lines) for name, lines in self._lines.items()}
+        return {name: files.read_columns("".join(lines)) for name, lines in self._tables.items()}
 
     def log(self, table="losses", **row):
         """Add a row to a table. All its rows have the same columns; None leaves a cell empty."""
         require_finite(row, f"in the row of epoch {row.get('epoch')} of {table}.csv")
-        header, line = files.csv_text([row]).splitlines()
-        self._lines.setdefault(table, [header]).append(line)
+        header, line = files.csv_text([row]).splitlines(keepends=True)
+        self._tables.setdefault(table, [header]).append(line)
 
     def _write_tables(self):
-        for name, lines in self._lines.items() if parallel.is_first() else ():
-            self._attempt(f"{name}.csv", files.write_atomically, "\n".join([*lines, ""]).encode())
+        for name, lines in self._tables.items() if parallel.rank() == 0 else ():
+            self._attempt(f"{name}.csv", files.write_atomically, "".join(lines).encode())
 
     def _attempt(self, name, write, *arguments, **options):
         """Call `write(path, ...)`; if it fails, warn once and go on: only the checkpoint is worth stopping for."""
@@ -257,36 +253,32 @@ class Run:
             step=self.step,
             version=checkpoint.VERSION,
             finished=finished,
-            identity=self._identity,
-            position=(self._epoch, self._batch, self._num_batches, self._evaluated, self.images_seen),
-            seconds=(self._clock.seconds, self._batch_clock.seconds),
-            snapshots=self.snapshots,
-            random=machine.random_states(self.device),
+            identity=self.identity,
             modules=modules,
-            losses=(self._of_epoch, self._of_row),
-            tables={name: "\n".join(lines) for name, lines in self._lines.items()},
+            state={name: getattr(self, name) for name in STATE},
+            tables={name: "".join(lines) for name, lines in self._tables.items()},
+            seconds=(self._clock.seconds, self._batch_clock.seconds),
+            random=machine.random_states(self.device),
         )
-        if parallel.is_first():
+        if parallel.rank() == 0:
             files.save_tensors(self.folder / "checkpoint.pt", content)
 
-    def _restore(self, content):
-        checkpoint.restore(self._modules, content, self._identity, self._source)
-        self._epoch, self._batch, self._num_batches, self._evaluated, self.images_seen = content["position"]
-        self.iteration = self._epoch * self._num_batches + self._batch
+    def _restore(self, content, path):
+        for name, module in self._modules.items():
+            files.load_state(module, content["modules"].get(name, {}), path, "begin anew with --restart")
+        vars(self).update(content["state"])
+        self._tables = {name: [text] for name, text in content["tables"].items()}
         self._clock.before, self._batch_clock.before = content["seconds"]
-        self.snapshots = content["snapshots"]
-        self._of_epoch, self._of_row = content["losses"]
-        self._lines = {name: text.splitlines() for name, text in content["tables"].items()}
-        if parallel.is_first():
+        if parallel.rank() == 0:
             machine.set_random_states(content["random"], self.device)
         else:  # noise of its own, which no earlier part of the training has had
             torch.manual_seed(self.args.seed + 1_000_003 * parallel.rank() + self.images_seen)
+        machine.say(f"resuming after {self.epochs_done} epochs")
 
     def _on_signal(self, number, _):
         in_batches = self._batch_clock.started is not None
         if self._signal or not (in_batches or parallel.num_processes() > 1):
-            what = "the batches since the last checkpoint" if in_batches else "this evaluation"
-            raise machine.Stopped(number, f"--resume goes on and repeats {what}")
+            raise KeyboardInterrupt(number, "--resume goes on before this epoch or evaluation")
         self._signal = number
         machine.say("\nstopping after this batch or evaluation; a second signal stops now", file=sys.stderr)
 
@@ -295,4 +287,4 @@ class Run:
         number = int(parallel.largest(self._signal or 0, self.device))
         if number:
             self._save()
-            raise machine.Stopped(number, "the checkpoint is saved, and --resume goes on")
+            raise KeyboardInterrupt(number, "the checkpoint is saved, and --resume goes on")

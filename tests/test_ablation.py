@@ -192,5 +192,5 @@ def test_variants_about_the_length_have_their_own(more, of_default, of_others, c
     chosen = more[1:] if "--variant" in more else ["epochs-4", "epochs-16"]
     assert {lengths.pop(name) for name in chosen} == {of_others} and {*lengths.values()} <= {of_default}
     assert not lengths.keys() & {*step3.ABLATION["left_out"]}
-    kept = read_json(tmp_path / "ablation" / "flags.json")
+    kept = read_json(tmp_path / "ablation" / "flags.json", kind=list)
     assert " ".join(kept).partition(" --epochs 3")[0].endswith("--kl-coeff 0.5 --hidden-dims 8 4")

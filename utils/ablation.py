@@ -176,7 +176,7 @@ def end_with_parent():
 def keep_flags(folder, flags):
     """Write the flags of the runs into flags.json. Earlier runs in the folder must have the same flags."""
     path = folder / "flags.json"
-    kept = files.read_json(path, "remove it, or name another --out-dir") if path.exists() else flags
+    kept = files.read_json(path, "remove it, or name another --out-dir", list) if path.exists() else flags
     if kept != flags:
         theirs = " ".join(kept) or "(none)"
         raise UserError(f"the runs in {folder} have the flags {theirs}: take these or another --out-dir")

@@ -61,11 +61,11 @@ def write_json(path, content):
     write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def read_json(path, hint="train anew"):
-    """Read a JSON file; raise UserError, which ends in the hint, if that fails."""
+def read_json(path, hint="train anew", kind=dict):
+    """Read a JSON file whose content is of a kind; raise UserError, which ends in the hint, if that fails."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return kind(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}): {hint}") from None
 
 

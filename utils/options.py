@@ -70,8 +70,13 @@ class Option:
             value = self.type(text)
             if self._allows(value):
                 return value
-        allowed = f"{self.type.__name__} values in {self.choices or self.limits}"
-        raise argparse.ArgumentTypeError(f"takes {allowed}, not {text!r}")
+        raise argparse.ArgumentTypeError(f"takes {self._wanted()}, not {text!r}")
+
+    def _wanted(self):
+        if self.choices:
+            return f"one of {self.choices}"
+        kind, (least, most) = "a whole number" if self.type is int else "a number", self.limits
+        return f"{kind} of at least {least:g}" if most >= LARGEST else f"{kind} from {least:g} to {most:g}"
 
     def _allows(self, value):
         if self.choices:

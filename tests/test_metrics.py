@@ -36,15 +36,13 @@ def test_frechet_distance_of_correlated_gaussians_by_matrix_square_root():
     assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
 
 
-def test_classifier_score_and_shares_in_closed_form():
+def test_classifier_score_in_closed_form():
     sure = torch.eye(10).double().repeat(5, 1)
     assert metrics.classifier_score(sure) == pytest.approx(10)
     assert metrics.classifier_score(sure[:1].repeat(7, 1)) == pytest.approx(1)
     two = torch.tensor([[0.75, 0.25], [0.25, 0.75]]).double()
     expected = math.exp(math.log(2) + 0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     assert metrics.classifier_score(two) == pytest.approx(expected)
-    shares = metrics.digit_shares(torch.tensor([0, 0, 3, 9]))
-    assert shares.tolist() == [0.5, 0, 0, 0.25, 0, 0, 0, 0, 0, 0.25]
 
 
 def brute_force_neighbours(samples, real, k):

@@ -37,26 +37,21 @@ def test_stochastic_test_images_are_the_same_in_every_epoch():
     assert set(first.unique().tolist()) == {0.0, 1.0} and torch.equal(state, torch.get_rng_state())
 
 
-def test_a_conditional_network_as_a_classifier_and_as_a_mixture(monkeypatch):
+def test_a_conditional_network_as_a_classifier_and_as_a_mixture():
     """By Bayes' rule the most likely label is the guess, and p(x) is the mean of p(x | y) over the labels."""
-    table = torch.full((3, 10), -100.0)
-    table[0, 4], table[1, 2], table[2, 2] = -50, -60, -70
-    monkeypatch.setattr(results, "label_log_likelihoods", lambda *_: table)
-    drawn = []
-
-    def draw(name, function, labels, guesses, *_):
-        drawn.append((name, labels.tolist(), guesses.tolist()))
-
-    options = dict(precision="float32")
+    network, x = conditional_network(), (torch.rand(12, 1, 28, 28) > 0.8).float()
+    repeated = x.repeat_interleave(10, 0)  # each label in turn, for each image
+    bernoulli = torch.distributions.Bernoulli(logits=network(repeated, torch.eye(10).repeat(12, 1)))
+    table = bernoulli.log_prob(repeated).sum((1, 2, 3)).view(12, 10).detach()
+    drawn, likeliest = {}, table.argmax(1)
+    labels = torch.cat([likeliest[:8], (likeliest[8:] + 1) % 10])
+    options, draw = dict(precision="float32"), lambda name, _, *arguments: drawn.update({name: arguments})
     run = SimpleNamespace(device=torch.device("cpu"), options=options, draw=draw)
-    labels = torch.tensor([4, 2, 9])
-    entries, nll = results.label_metrics(run, None, torch.zeros(3, 1, 28, 28), labels, {})
-    assert entries["bayes_accuracy"]["value"] == pytest.approx(2 / 3)
-    expected = torch.tensor([50.0, 60, 70]) + math.log(10)  # the other labels have next to no share
-    assert torch.allclose(nll, expected) and entries["mixture_nll"]["value"] == pytest.approx(
-        nll.mean().item()
-    )
-    assert drawn == [("bayes.png", [4, 2, 9], [4, 2, 2])]
+    entries, nll = results.label_metrics(run, network, x, labels, {})
+    assert entries["bayes_accuracy"]["value"] == pytest.approx(8 / 12)
+    assert torch.allclose(nll, math.log(10) - table.logsumexp(1), rtol=1e-4)
+    assert entries["mixture_nll"]["value"] == pytest.approx(nll.mean().item())
+    assert torch.equal(drawn["bayes.png"][0], labels) and torch.equal(drawn["bayes.png"][1], likeliest)
 
 
 def test_how_often_the_classifier_is_unsure_and_sees_the_digit_that_was_asked_for(monkeypatch):

@@ -43,15 +43,14 @@ CALLS = {
     "save_images": (IMAGES, 4, ["a", "b", "c"], "title"),
     "save_rows": (dict(real=IMAGES, drawn=IMAGES), 4),
     "save_grid_table": ({"few": [IMAGES] * 2, "more": [IMAGES] * 2}, 4, ["samples", "plane"], {"more": [0, 3]}, "a note"),
-    "save_strips": ([(name, range(4), {"$D(x)$": [1, 0, 1, 0]}, IMAGES) for name in "ab"], "epoch"),
+    "save_strips": ([(name, range(4), {"$D(x)$": [1, 0, 1, 0]}, IMAGES) for name in "ab"],),
     "save_latent_plane": (IMAGES[:9], 3),
     "save_scatter": (POINTS, DIGITS, "title"),
     "save_curves": (
         range(4), [("loss", CURVES, {"optimum": 1.0}), ("error", CURVES, {"one": 1, "two": 2})], "epoch", 2, ["error"]
     ),
     "save_batches": (dict(iteration=[1, 2, 3], loss=[5.0, 4.0, 3.0]), "loss", {"test images": 3.5}),
-    "save_map": (PIXELS, "label"),
-    "save_receptive_field": (((PIXELS > 100) & (PIXELS < 395)).float() * (PIXELS + 1), (14, 3)),
+    "save_map": (((PIXELS > 100) & (PIXELS < 395)).float() * (PIXELS + 1), "label", (14, 3)),
     "save_confusion": (DIGITS, DIGITS.flip(0), "guess"),
     "save_posterior": (dict(image=IMAGES[0]), torch.cartesian_prod(*[torch.arange(9.0)] * 2), *torch.rand(2, 81), "title"),
     "save_ablation": (ROWS, {"nats": {"ELBO": "elbo", "NLL": "nll"}, "distance": {"": "nll"}}, ["distance"], "a note"),

@@ -4,11 +4,12 @@ The user's settings of matplotlib change no figure, and drawing changes no setti
 """
 
 import contextlib
+import functools
 import io
 import math
 from pathlib import Path
 
-import matplotlib
+import matplotlib.style
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -43,14 +44,8 @@ GREYS = matplotlib.colormaps["gray"].with_extremes(bad=COLORS[5])  # for NaN
 GIF_DPI = 200  # two dots per pixel of an image
 GIF_PALETTE = Image.new("P", (1, 1))  # few greys make a small file
 GIF_PALETTE.putpalette(GREYS([*torch.linspace(0, 1, 16), math.nan], bytes=True)[:, :3].tobytes())
-
-
-@contextlib.contextmanager
-def our_style():
-    """Draw with matplotlib's defaults and STYLE, then restore the settings of the process."""
-    defaults = {name: value for name, value in matplotlib.rcParamsDefault.items() if name != "backend"}
-    with matplotlib.rc_context({**defaults, **STYLE}):
-        yield
+# A context, also a decorator, with these settings in place of those of the process.
+our_style = functools.partial(matplotlib.style.context, ["default", STYLE])
 
 
 @our_style()
@@ -124,9 +119,3 @@ def save_gif(path, frames, columns, captions, row_labels=()):
     times = [150] * (len(pictures) - 1) + [2000]  # milliseconds; the last frame stays
     pictures[0].save(buffer, "GIF", save_all=True, append_images=pictures[1:], duration=times, loop=0)
     write_atomically(Path(path), buffer.getvalue())
-
-
-def save_training_gif(path, snapshots, columns):
-    """Write a moving picture of uint8 images (N, 1, H, W) by epoch."""
-    frames = torch.stack([*snapshots.values()]) / 255
-    save_gif(path, frames, columns, [f"epoch {epoch}" for epoch in snapshots])

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from models.common import IMAGE_SHAPE
-from utils import figures, files, metrics, plotting
+from utils import files, metrics, plotting
 from utils.data import to_symmetric, to_unit
 from utils.figures import COLUMNS, NUM_SAMPLES
 
@@ -27,8 +27,8 @@ G_LOSSES = {
 
 def labels(loss):
     """Return the names of what a batch records. A relativistic D compares an image with one of the other kind."""
-    outputs = ("D(x, G(z))", "D(G(z), x)") if loss == "relativistic" else ("D(x)", "D(G(z))")
-    return dict(zip(("d_loss", "g_loss", "d_real", "d_fake"), ("D loss", "G loss", *outputs)))
+    real, fake = ("D(x, G(z))", "D(G(z), x)") if loss == "relativistic" else ("D(x)", "D(G(z))")
+    return dict(d_loss="D loss", g_loss="G loss", d_real=real, d_fake=fake)
 
 
 @torch.no_grad()
@@ -63,30 +63,31 @@ def find_trouble(generator, d_real, d_fake, dataset="MNIST"):
     # Half the pixels with ink are white in real digits, fewer in the grey fog of early samples.
     sharp = (samples > 0.9).sum() > 0.2 * (samples > 0.1).sum()
     if sharp and metrics.has_classifier(dataset):
-        shares = metrics.digit_shares(metrics.probabilities(samples, dataset).argmax(1))
-        if shares.max() > 0.5:
-            warnings.append(f"collapsed generator: {shares.max():.0%} of its samples are a {shares.argmax()}")
+        counts = metrics.probabilities(samples, dataset).argmax(1).bincount()
+        if counts.max() > 0.5 * len(samples):
+            share = counts.max() / len(samples)
+            warnings.append(f"collapsed generator: {share:.0%} of its samples are a {counts.argmax()}")
     return warnings
 
 
-def log_quality(run, generator, discriminator, images, test_images):
-    """Add a row to quality.csv: the generator's updates, D without dropout on images, metrics of a few samples."""
-    if metrics.has_classifier(run.args.dataset):
-        count = metrics.NUM_JUDGED_QUICKLY if run.args.dry_run else 2000
-        entries = metrics.judge_for(run, sample_images(generator, count).cpu(), "none")
-        row = {name: entries[name]["value"] for name in metrics.ONE_SCALE}
-        row |= dict(updates=run.iteration // run.options["d_freq"], samples=count)
-        d_train, d_test = (mean_output(discriminator, each) for each in (images, test_images))
-        run.log("quality", epoch=run.epochs_done, **row, d_train=d_train, d_test=d_test)
-
-
 @torch.no_grad()
-def mean_output(discriminator, images):
-    """Return the mean D(x) over up to 10,000 uint8 images, without dropout."""
+def log_quality(run, generator, discriminator, images, test_images):
+    """Add a row to quality.csv: the generator's updates, metrics of a few samples, and D's mean outputs.
+
+    D has no dropout there, and gets up to 10,000 of the uint8 images of each set.
+    """
+    if not metrics.has_classifier(run.args.dataset):
+        return
+    count = metrics.NUM_JUDGED_QUICKLY if run.args.dry_run else 2000
+    entries = metrics.judge_for(run, sample_images(generator, count).cpu(), "none")
+    row = {name: entries[name]["value"] for name in metrics.ONE_SCALE}
+    row |= dict(updates=run.iteration // run.options["d_freq"], samples=count)
     without_dropout = copy.deepcopy(discriminator).eval()
-    parts = images[: metrics.NUM_JUDGED].split(metrics.CHUNK)
-    outputs = torch.cat([without_dropout(to_symmetric(part).flatten(1)) for part in parts])
-    return outputs.sigmoid().mean().item()
+    for name, each in (("d_train", images), ("d_test", test_images)):
+        parts = each[: metrics.NUM_JUDGED].split(metrics.CHUNK)
+        outputs = torch.cat([without_dropout(to_symmetric(part).flatten(1)) for part in parts])
+        row[name] = outputs.sigmoid().mean().item()
+    run.log("quality", epoch=run.epochs_done, **row)
 
 
 def draw_losses(path, history, options):
@@ -104,17 +105,6 @@ def draw_losses(path, history, options):
     plotting.save_curves(path, x, panels, xlabel, min(per_epoch, 1 + len(x) // 10))
 
 
-def draw_quality(path, quality):
-    """Draw the metrics of samples over the epochs; `quality` has the columns of quality.csv."""
-    panels = [
-        ("Fréchet distance", {"": quality["frechet_distance"]}, {}),
-        ("classifier score", {"": quality["classifier_score"]}, {}),
-        ("share of images", {name: quality[name] for name in ("precision", "recall", "coverage")}, {}),
-    ]
-    xlabel = f"epoch ({quality['samples'][-1]:,.0f} samples each)"
-    plotting.save_curves(path, quality["epoch"], panels, xlabel)
-
-
 def draw_samples(run, generator):
     """Draw samples.png, images of noise that depends on the seed."""
     noise = torch.Generator().manual_seed(run.args.seed)
@@ -126,20 +116,31 @@ def draw_samples(run, generator):
 def draw_figures(run, generator, images):
     """Draw all but loss.png and samples.png; `images` are the uint8 training images."""
     if "quality" in run.tables:
-        run.draw("quality.png", draw_quality, run.tables["quality"])
-    run.draw("samples_by_epoch.png", draw_samples_by_epoch, run.snapshots)
-    run.draw("training.gif", figures.save_training_gif, run.snapshots, COLUMNS)
+        quality = run.tables["quality"]
+        shares = {name: quality[name] for name in ("precision", "recall", "coverage")}
+        panels = [
+            ("Fréchet distance", {"": quality["frechet_distance"]}, {}),
+            ("classifier score", {"": quality["classifier_score"]}, {}),
+            ("share of images", shares, {}),
+        ]
+        xlabel = f"epoch ({quality['samples'][-1]:,.0f} samples each)"
+        run.draw("quality.png", plotting.save_curves, quality["epoch"], panels, xlabel)
+    rows = {f"epoch {epoch}": run.snapshots[epoch][:COLUMNS] / 255 for epoch in spread(list(run.snapshots))}
+    run.draw("samples_by_epoch.png", plotting.save_rows, rows)
     run.draw("neighbours.png", draw_neighbours, generator, images, run.args.seed)
-    run.draw("walk.png", draw_walk, generator, run.args.seed)
+    # Equal steps from one noise vector to another, along an arc, so that each step is normal noise again.
+    noise = torch.Generator().manual_seed(run.args.seed)
+    start, end = torch.randn(2, NUM_WALKS, 1, noise_size(generator), generator=noise)
+    angle = torch.linspace(0, math.pi / 2, WALK_STEPS)[:, None]
+    z = angle.cos() * start + angle.sin() * end  # (walks, steps, dim_z)
+    run.draw("walk.png", plotting.save_images, decode(generator, z.flatten(0, 1)), WALK_STEPS)
 
 
-def draw_samples_by_epoch(path, snapshots):
-    """Draw a row of images of the same noise for each of up to STRIP_ROWS epochs, early ones closer together."""
-    epochs, last = list(snapshots), len(snapshots) - 1
+def spread(epochs):
+    """Choose up to STRIP_ROWS of a list, the first and the last among them, early ones closer together."""
+    last = len(epochs) - 1
     after_0 = (round(last ** (row / (STRIP_ROWS - 2))) for row in range(STRIP_ROWS - 1))
-    shown = [epochs[index] for index in sorted({0, *after_0}) if index <= last]
-    images = torch.cat([snapshots[epoch][:COLUMNS] for epoch in shown]) / 255
-    plotting.save_images(path, images, COLUMNS, [f"epoch {epoch}" for epoch in shown])
+    return [epochs[index] for index in sorted({0, *after_0}) if index <= last]
 
 
 def draw_neighbours(path, generator, images, seed):
@@ -147,15 +148,6 @@ def draw_neighbours(path, generator, images, seed):
     samples = sample_images(generator, 3 * COLUMNS, torch.Generator().manual_seed(seed))
     real = to_unit(images)
     plotting.save_rows(path, dict(sample=samples, nearest=real[metrics.nearest(samples, real)]))
-
-
-def draw_walk(path, generator, seed):
-    """Draw equal steps from one noise vector to another, along an arc, so that each step is normal noise again."""
-    noise = torch.Generator().manual_seed(seed)
-    start, end = torch.randn(2, NUM_WALKS, 1, noise_size(generator), generator=noise)
-    angle = torch.linspace(0, math.pi / 2, WALK_STEPS)[:, None]
-    z = angle.cos() * start + angle.sin() * end  # (walks, steps, dim_z)
-    plotting.save_images(path, decode(generator, z.flatten(0, 1)), WALK_STEPS)
 
 
 def draw_ablation(path, folders, load_model):
@@ -169,7 +161,7 @@ def draw_ablation(path, folders, load_model):
         x, real, fake = zip(*((row["epoch"], row["d_real"], row["d_fake"]) for row in rows))
         samples = sample_images(load_model(folder / "model.pt"), 12)
         strips.append((name, x, {"$D(x)$": real, "$D(G(z))$": fake}, samples))
-    plotting.save_strips(path, strips, xlabel="epoch")
+    plotting.save_strips(path, strips)
     table = files.read_csv(path.with_suffix(".csv"))
     if "frechet_distance_mean" in table[0]:  # which needs a classifier of the data set
         draw_ablation_metrics(path.with_name("ablation_metrics.png"), table)

@@ -4,6 +4,7 @@ import math
 import time
 from functools import partial
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -58,12 +59,6 @@ def bits_per_pixel(nll):
     return nll / (NUM_PIXELS * math.log(2))  # nats per image
 
 
-def label_log_likelihoods(network, x):
-    """Return log p(x | y) for each label y, (N, 10) in nats; the largest belongs to the most likely label (Bayes)."""
-    labels = torch.arange(NUM_CLASSES, device=x.device).repeat(len(x), 1)
-    return torch.stack([-pixel_nll(network, x, each).sum((1, 2, 3)) for each in labels.T], 1)
-
-
 def receptive_field(network, x, labels, pixel):
     """Return the mean over images of |d logit / d x_j|, (28, 28), for the logit of one pixel and every x_j."""
     x = x.clone().requires_grad_()
@@ -99,8 +94,7 @@ def num_judged(network):
     started, few = time.perf_counter(), metrics.NUM_JUDGED_QUICKLY
     network(x, *y)
     minutes = few / NUM_TIMED * NUM_PIXELS * (time.perf_counter() - started) / 60
-    most = f"{few} samples, the most we judge, take {minutes:.1f} min"
-    machine.say(f"a pixel needs a pass of the whole network: {most}")
+    machine.say(f"a pixel needs a pass of the whole network: {few} samples to judge take {minutes:.1f} min")
     return few
 
 
@@ -113,10 +107,6 @@ def draw_losses(path, history, batches, how):
     test = f"test images ({before:.0f} before training)"
     curves = {"training images": history["train_nll"], test: [None, *after]}
     plotting.save_curves(path, history["epoch"], [(label, curves, {})])
-
-
-def first_of_each(labels):
-    return [(labels == label).nonzero()[0].item() for label in labels.unique()]
 
 
 def draw_samples(run, network, test_set, unconditional=None):
@@ -137,9 +127,9 @@ def draw_samples(run, network, test_set, unconditional=None):
     samples = draw(labels)
     names = range(NUM_CLASSES) if conditional and not args.count else ()
     run.draw("samples.png", plotting.save_images, samples, COLUMNS, names)
-    chosen = args.complete or first_of_each(test_labels)
+    chosen = args.complete or np.unique(test_labels.cpu(), return_index=True)[1]  # the first of each digit
     run.draw("completions.png", draw_completions, network, real[chosen], test_labels[chosen], noise)
-    shown = first_of_each(labels)
+    shown = np.unique(labels, return_index=True)[1]
     run.draw("drawing.gif", draw_drawing, network, samples[shown], labels[shown])
     if not conditional:
         return
@@ -199,7 +189,7 @@ def write_metrics(run, network, train_set, test_set):
     totals, train_totals = (each.sum((2, 3, 4)) for each in (nll, train_nll))  # nats per image, (draws, N)
     run.draw("nll_map.png", plotting.save_map, nll.mean((0, 1, 2)), f"test NLL (nats per pixel, {how})")
     field = receptive_field(network, x[:100], labels[:100], SEEN_FROM)
-    run.draw("receptive_field.png", plotting.save_receptive_field, field, SEEN_FROM)
+    run.draw("receptive_field.png", plotting.save_map, field, "mean |d logit / d pixel|", SEEN_FROM)
     given = "x_1, ..., x_{i-1}" + (", y" if conditional else "")
     what = "nats per image", f"-sum_i log p(x_i | {given}), mean over images"
     bits = "bits per pixel", "test_nll / (784 log 2)"
@@ -250,9 +240,13 @@ def classifier_metrics(samples, real, conditional, dataset):
 
 
 def label_metrics(run, network, x, labels, protocol):
-    """Return the metrics of a network as a classifier and as a mixture over labels, and the mixture's NLL, (N,)."""
+    """Return the metrics of a network as a classifier and as a mixture over labels, and the mixture's NLL, (N,).
+
+    By Bayes' rule, the label with the largest p(x | y) is the most likely one.
+    """
     with machine.autocast(run.device, run.options["precision"]):
-        log_likelihoods = label_log_likelihoods(network, x)
+        given_y = (pixel_nll(network, x, torch.full_like(labels, y)) for y in range(NUM_CLASSES))
+        log_likelihoods = -torch.stack([nll.sum((1, 2, 3)) for nll in given_y], 1)  # log p(x | y), (N, 10)
     guesses = log_likelihoods.argmax(1)
     run.draw("bayes.png", plotting.save_confusion, labels, guesses, "label with the highest log p(x|y)")
     mixture_nll = math.log(NUM_CLASSES) - log_likelihoods.logsumexp(1)

@@ -1,6 +1,7 @@
 """The kinds of figure that the three steps and the ablations draw, each in a function that writes its file."""
 
 import math
+from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -46,19 +47,19 @@ def save_grid_table(path, columns, images_across, row_labels=("",), marked=(), n
             axis.set_ylabel(label)
 
 
-def save_strips(path, strips, xlabel):
-    """Write a page of strips (name, x, curves by label, images)."""
+def save_strips(path, strips):
+    """Write a page of strips (name, epochs, curves by label, images)."""
     size = WIDTH, min(0.36 * len(strips), 8.6) + 0.6  # all strips fit on a page
     shared = dict(squeeze=False, sharex="col", sharey="col", width_ratios=[1, 3])
     with new_figure(path, *size, len(strips), 2, **shared) as (figure, axes):
-        for (left, right), (name, x, curves, images) in zip(axes, strips):
+        for (left, right), (name, epochs, curves, images) in zip(axes, strips):
             for label, values in curves.items():
-                left.plot(x, values, linewidth=1, label=label)
+                left.plot(epochs, values, linewidth=1, label=label)
             left.tick_params(length=2, pad=1, labelleft=False)
             left.set_ylabel(name, rotation=0, ha="right", va="center", labelpad=2)
             draw_images(images, len(images), axis=right)
         left.tick_params(labelleft=True)
-        left.set(xlabel=xlabel)
+        left.set(xlabel="epoch")
         figure.align_ylabels(axes[:, 0])
         figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=2)
 
@@ -69,11 +70,10 @@ def save_latent_plane(path, images, side):
     figure = draw_images(images, side, scale=HALF / side * 0.9)
     axis = figure.axes[0]
     height, width = axis.images[0].get_size()
-    values = torch.tensor([-2, -1, -0.5, 0, 0.5, 1, 2])
-    below = torch.distributions.Normal(0.0, 1.0).cdf(values).numpy()  # part of the plane before each value
-    labels = [f"${value:g}$" for value in values.tolist()]
-    axis.set_xticks(below * width - 0.5, labels)
-    axis.set_yticks((1 - below) * height - 0.5, labels)
+    # The share of the plane before each value.
+    below = {f"${value}$": NormalDist().cdf(value) for value in (-2, -1, -0.5, 0, 0.5, 1, 2)}
+    axis.set_xticks([share * width - 0.5 for share in below.values()], below)
+    axis.set_yticks([(1 - share) * height - 0.5 for share in below.values()], below)
     axis.set(xlabel="$z_1$, quantiles of the prior", ylabel="$z_2$, quantiles of the prior")
     axis.tick_params(length=3, labeltop=False, labelbottom=True)
     save(figure, path, vector=False)
@@ -152,30 +152,27 @@ def _running_means(x, values, width):
     return np.asarray(x)[len(window) - 1 :][counts > 0], sums[counts > 0] / counts[counts > 0]
 
 
-def save_map(path, values, label):
-    """Write a number for each pixel, (H, W), as colours with a scale."""
+def save_map(path, values, label, seen_from=None):
+    """Write a number for each pixel, (H, W), as colours with a scale.
+
+    With `seen_from`, row and column of a pixel, they are how much its prediction depends on each pixel. Earlier pixels
+    that it does not depend on, the blind spot, then have a colour of their own.
+    """
+    values = values.cpu().numpy()
     with new_figure(path, HALF, 2.4) as (_, axis):
-        _draw_map(axis, values.cpu().numpy(), label)
-
-
-def _draw_map(axis, values, label, **options):
-    image = axis.imshow(values, cmap="Blues", **options)
-    axis.figure.colorbar(image, ax=axis, label=label)
-    axis.grid(False)
-    axis.set(xlabel="column", ylabel="row")
-
-
-def save_receptive_field(path, sensitivity, pixel):
-    """Write the mean |d logit / d pixel|, (H, W), of the logit at `pixel`. The blind spot has a colour of its own."""
-    values = sensitivity.cpu().numpy()
-    values = np.where(values > 1e-5 * values.max(), values, 0)  # a GPU's rounding leaves 1e-7
-    earlier = np.arange(values.size).reshape(values.shape) < np.ravel_multi_index(pixel, values.shape)
-    with new_figure(path, HALF, 2.4) as (_, axis):
-        axis.imshow(np.where(earlier & (values == 0), 1, np.nan), cmap=ListedColormap([COLORS[1]]))
-        _draw_map(axis, values, "mean |d logit / d pixel|", norm=LogNorm())  # leaves out zeros
-        axis.plot(pixel[1], pixel[0], "x", color="black", label="predicted pixel")
-        axis.plot([], [], "s", color=COLORS[1], label="blind spot")
-        axis.legend(loc="lower right")
+        if seen_from:
+            values = np.where(values > 1e-5 * values.max(), values, 0)  # a GPU's rounding leaves 1e-7
+            order = np.arange(values.size).reshape(values.shape)
+            blind = (order < order[seen_from]) & (values == 0)
+            axis.imshow(np.where(blind, 1, np.nan), cmap=ListedColormap([COLORS[1]]))
+            axis.plot(*reversed(seen_from), "x", color="black", label="predicted pixel")
+            axis.plot([], [], "s", color=COLORS[1], label="blind spot")
+            axis.legend(loc="lower right")
+        norm = LogNorm() if seen_from else None  # which leaves out zeros
+        image = axis.imshow(values, cmap="Blues", norm=norm)
+        axis.figure.colorbar(image, ax=axis, label=label)
+        axis.grid(False)
+        axis.set(xlabel="column", ylabel="row")
 
 
 def save_posterior(path, images, z, posterior, approximation, title):

@@ -39,9 +39,7 @@ STYLE = {
 COLUMNS = 10  # images in a row of most grids
 NUM_SAMPLES = 100  # images in samples.png, unless --count says otherwise
 GAP = 2  # pixels between two images of a grid
-LARGE_GRID = 1_000_000  # pixels
 GREYS = matplotlib.colormaps["gray"].with_extremes(bad=COLORS[5])  # for NaN
-GIF_DPI = 200  # two dots per pixel of an image
 GIF_PALETTE = Image.new("P", (1, 1))  # few greys make a small file
 GIF_PALETTE.putpalette(GREYS([*torch.linspace(0, 1, 16), math.nan], bytes=True)[:, :3].tobytes())
 # A context, also a decorator, with these settings in place of those of the process.
@@ -84,7 +82,7 @@ def draw_images(images, columns, row_labels=(), title="", scale=0.3, axis=None, 
         size = grid.shape[1] / width * scale, grid.shape[0] / height * scale
         # Labels and title lie outside the figure. The tight bounding box of `save` includes them.
         # Each pixel takes whole pixels of the file, of a large grid one, because each of them costs 100 bytes of memory.
-        zoom = math.ceil(300 * scale / width) if grid.size < LARGE_GRID else 1
+        zoom = math.ceil(300 * scale / width) if grid.size < 1_000_000 else 1
         dpi = zoom * width / scale
         axis = Figure(size, dpi=dpi, layout="none").add_axes((0, 0, 1, 1))
     axis.imshow(grid, cmap=GREYS, vmin=0, vmax=1, interpolation="nearest")
@@ -113,7 +111,7 @@ def save_gif(path, frames, columns, captions, row_labels=()):
         figure.axes[0].images[0].set_data(_grid(images, columns))
         figure.axes[0].set_title(caption)
         buffer = io.BytesIO()
-        figure.savefig(buffer, dpi=GIF_DPI)
+        figure.savefig(buffer, dpi=200)  # two dots per pixel of an image
         pictures.append(Image.open(buffer).convert("RGB").quantize(palette=GIF_PALETTE, dither=0))
     buffer = io.BytesIO()
     times = [150] * (len(pictures) - 1) + [2000]  # milliseconds; the last frame stays

@@ -105,6 +105,17 @@ def draw_losses(path, history, options):
     plotting.save_curves(path, x, panels, xlabel, min(per_epoch, 1 + len(x) // 10))
 
 
+def draw_quality(path, quality):
+    """Draw the metrics of samples over the epochs; `quality` has the columns of quality.csv."""
+    panels = [
+        ("Fréchet distance", {"": quality["frechet_distance"]}, {}),
+        ("classifier score", {"": quality["classifier_score"]}, {}),
+        ("share of images", {name: quality[name] for name in ("precision", "recall", "coverage")}, {}),
+    ]
+    xlabel = f"epoch ({quality['samples'][-1]:,.0f} samples each)"
+    plotting.save_curves(path, quality["epoch"], panels, xlabel)
+
+
 def draw_samples(run, generator):
     """Draw samples.png, images of noise that depends on the seed."""
     noise = torch.Generator().manual_seed(run.args.seed)
@@ -116,15 +127,7 @@ def draw_samples(run, generator):
 def draw_figures(run, generator, images):
     """Draw all but loss.png and samples.png; `images` are the uint8 training images."""
     if "quality" in run.tables:
-        quality = run.tables["quality"]
-        shares = {name: quality[name] for name in ("precision", "recall", "coverage")}
-        panels = [
-            ("Fréchet distance", {"": quality["frechet_distance"]}, {}),
-            ("classifier score", {"": quality["classifier_score"]}, {}),
-            ("share of images", shares, {}),
-        ]
-        xlabel = f"epoch ({quality['samples'][-1]:,.0f} samples each)"
-        run.draw("quality.png", plotting.save_curves, quality["epoch"], panels, xlabel)
+        run.draw("quality.png", draw_quality, run.tables["quality"])
     rows = {f"epoch {epoch}": run.snapshots[epoch][:COLUMNS] / 255 for epoch in spread(list(run.snapshots))}
     run.draw("samples_by_epoch.png", plotting.save_rows, rows)
     run.draw("neighbours.png", draw_neighbours, generator, images, run.args.seed)

@@ -17,7 +17,6 @@ from utils.prior import draw_codes
 PLANE_SIDE = 15
 WALK_FROM, WALK_TO = (1, 7), (0, 6)  # digits
 WALK_STEPS = 12
-NUM_POSTERIORS = 200  # test images among which posterior.png shows the one with the largest gap
 # Means over images and draws.
 FORMULAS = dict(
     negative_elbo="-log p(x|z) + KL(q(z|x) || p(z)), one z for each image and draw",
@@ -38,21 +37,17 @@ PROTOCOLS = {
 @torch.no_grad()
 def evaluate(model, x, batch_size=1000):
     """Return reconstruction term and KL in nats, means over images x in [0, 1] with one draw of z for each."""
-    totals, x = torch.zeros(2), as_inputs(model, x)
-    for chunk in x.split(batch_size):
+    totals = torch.zeros(2)
+    for chunk in x.flatten(1).to(next(model.parameters())).split(batch_size):
         totals += len(chunk) * torch.stack(loss_terms(model, chunk)).cpu()
     return (totals / len(x)).tolist()
-
-
-def as_inputs(model, x):
-    """Return images x (N, 1, 28, 28) as the encoder takes them, (N, 784) in the precision of the weights."""
-    return x.flatten(1).to(next(model.parameters()))
 
 
 @torch.no_grad()
 def posterior_means(model, images):
     """Return the mean of q(z|x) for grey uint8 images (N, 1, 28, 28): (N, z_size)."""
-    return torch.cat([model.encode(as_inputs(model, to_unit(chunk)))[0] for chunk in images.split(CHUNK)])
+    x = to_unit(images).flatten(1).to(next(model.parameters()))
+    return torch.cat([model.encode(chunk)[0] for chunk in x.split(CHUNK)])
 
 
 @torch.no_grad()
@@ -120,7 +115,7 @@ def draw_figures(run, model, images, labels, prior=None):
     run.draw("reconstructions.png", plotting.save_rows, pairs)
     run.draw("walk.png", draw_walk, model, images, labels, means)
     if model.z_size == 2:
-        run.draw("posterior.png", draw_posterior, model, images[:NUM_POSTERIORS])
+        run.draw("posterior.png", draw_posterior, model, images[:200])
     title = "posterior means of the test digits"
     run.draw("latent_means.png", plotting.save_scatter, means[:, :2].cpu(), labels.cpu(), title)
 

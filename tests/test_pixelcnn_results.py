@@ -3,12 +3,14 @@
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageSequence
 from torch import nn
 
 from models.AR import ConditionalPixelCNN, PixelCNN
-from utils import files
+from utils import files, plotting
 from utils import pixelcnn_results as results
 
 SMALL = dict(num_blocks=2, channels=5, head_channels=7, first_kernel_size=5)
@@ -76,9 +78,8 @@ def test_how_often_the_classifier_is_unsure_and_sees_the_digit_that_was_asked_fo
 def drawn(monkeypatch):
     """Record the arguments after the path of all that is drawn, in a list."""
     calls = []
-    kinds = [(results.plotting, f"save_{name}") for name in ("images", "curves")]
-    for module, name in [*kinds, (results.figures, "save_gif")]:
-        monkeypatch.setattr(module, name, lambda _, *args, **__: calls.append(args))
+    for name in ("save_images", "save_curves"):
+        monkeypatch.setattr(plotting, name, lambda _, *args, **__: calls.append(args))
     return calls
 
 
@@ -167,14 +168,27 @@ def test_losses_of_a_short_training_are_drawn_over_its_batches(drawn):
     assert x == [0, 1, 2, 3]
 
 
-def test_the_moving_picture_shows_pixels_in_raster_order_beside_their_predictions(drawn):
-    network = conditional_network()
-    samples = (torch.rand(10, 1, 28, 28) > 0.5).float()
-    results.draw_drawing("drawing.gif", network, samples, torch.arange(10))
-    frames, columns, captions, _ = drawn[0]
-    assert columns == 10 and captions[-1] == "784 of 784 pixels" and len(frames) == len(captions)
-    assert torch.allclose(frames[-1], torch.cat([samples, network(samples, torch.eye(10)).sigmoid()]))
-    counts = [784 - frame.isnan().sum().item() // 20 for frame in frames]
-    assert counts[0] == 0 and counts[-1] == 784 and counts == sorted(counts)
-    known = ~frames[1].flatten(1).isnan()
-    assert known[:, : counts[1]].all() and not known[:, counts[1] :].any()
+def test_the_moving_picture_shows_pixels_in_raster_order_above_their_predictions(monkeypatch, tmp_path):
+    monkeypatch.setattr(results, "PIXELS_A_FRAME", 392)
+    network, samples = conditional_network(), (torch.rand(4, 1, 28, 28) > 0.5).float()
+    for name in ("a.gif", "b.gif"):
+        results.draw_drawing(tmp_path / name, network, samples, torch.arange(4))
+    assert (tmp_path / "a.gif").read_bytes() == (tmp_path / "b.gif").read_bytes()
+    dots, times = [], []
+    with Image.open(tmp_path / "a.gif") as gif:
+        for frame in ImageSequence.Iterator(gif):
+            dots.append(np.asarray(frame.convert("RGB")).astype(int))
+            times.append(frame.info["duration"])
+    assert times == [150, 150, 2000]
+    grey = (dots[0] == 136).all(2)  # the frame of the grid, of 124 x 244 dots
+    top, left = (grey.sum(1) == 244).argmax(), (grey.sum(0) == 124).argmax()
+    assert (dots[0][:top] != dots[1][:top]).any(), "captions differ"
+    rows = torch.cat([samples, network(samples, torch.eye(10)[:4]).sigmoid()])
+    for frame, count in zip(dots, (0, 392, 784)):
+        rows_then = rows.clone()
+        rows_then.flatten(1)[:, count:] = math.nan
+        # Every pixel of an image is a block of 2 x 2 equal ones on the screen.
+        expected = 255 * plotting.grid_of(rows_then, 4).repeat(2, 0).repeat(2, 1)
+        found, known = frame[top : top + 124, left : left + 244], ~np.isnan(expected)
+        assert np.abs(found[known] - expected[known][:, None]).max() < 17  # from one grey to the next
+        assert (found[~known] == (86, 180, 233)).all()

@@ -9,7 +9,7 @@ import torch
 from models.common import IMAGE_SHAPE
 from utils import files, metrics, plotting
 from utils.data import to_symmetric, to_unit
-from utils.figures import COLUMNS, NUM_SAMPLES
+from utils.plotting import COLUMNS, NUM_SAMPLES
 
 NUM_SNAPSHOT = 50  # images of the same noise that are kept after an epoch
 STRIP_ROWS = 8  # epochs shown in samples_by_epoch.png

@@ -1,25 +1,29 @@
 """Likelihoods, samples, figures and final metrics of step 2."""
 
+import io
 import math
 import time
 from functools import partial
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 from models import ar_sampler
 from models.AR import ConditionalPixelCNN
 from models.common import IMAGE_SHAPE, NUM_CLASSES, NUM_PIXELS
-from utils import figures, files, machine, metrics, plotting
+from utils import files, machine, metrics, plotting
 from utils.data import binarize
-from utils.figures import COLUMNS, NUM_SAMPLES
 from utils.metrics import CHUNK, NUM_DRAWS, progress
+from utils.plotting import COLUMNS, NUM_SAMPLES
 
 DIGIT = 3  # in samples_digit.png, unless --digit names another
 NUM_COMPARED = 25  # images of each kind in comparison.png
 SURE = 0.9  # smallest probability of its class that leaves an image there without a frame
 PIXELS_A_FRAME = 14  # of drawing.gif
+GIF_PALETTE = Image.new("P", (1, 1))  # few greys make a small file
+GIF_PALETTE.putpalette(plotting.GREYS([*torch.linspace(0, 1, 16), math.nan], bytes=True)[:, :3].tobytes())
 ROWS_GIVEN = 14  # of the digits to be completed
 SEEN_FROM = (14, 3)  # row and column of the pixel whose receptive field is drawn
 NUM_TIMED = 8  # images by which the sampler is tried
@@ -143,16 +147,25 @@ def draw_samples(run, network, test_set, unconditional=None):
     run.draw("comparison.png", draw_comparison, grids, args.dataset)
 
 
+@plotting.our_style()
 @torch.no_grad()
 def draw_drawing(path, network, samples, labels):
-    """Draw how samples (N, 1, 28, 28) of labels (N,) appear pixel by pixel above the predicted probability of white."""
+    """Write a moving picture: samples (N, 1, 28, 28) of labels (N,) and the probabilities of white, pixel by pixel."""
     logits = network(*network_inputs(network, samples, labels.to(samples.device)))
     rows = torch.cat([samples.float(), logits.float().sigmoid()]).cpu()
-    counts = torch.arange(0, NUM_PIXELS + 1, PIXELS_A_FRAME)
-    drawn = torch.arange(NUM_PIXELS).reshape(28, 28) < counts.reshape(-1, 1, 1, 1, 1)
-    captions = [f"{count} of {NUM_PIXELS} pixels" for count in counts.tolist()]
-    frames = torch.where(drawn, rows, math.nan)  # (frames, 2 * N, 1, 28, 28)
-    figures.save_gif(path, frames, len(samples), captions, ["drawn", "probability of white"])
+    figure, frames = plotting.draw_images(rows, len(samples), ["drawn", "probability of white"]), []
+    for count in range(0, NUM_PIXELS + 1, PIXELS_A_FRAME):
+        drawn = torch.arange(NUM_PIXELS).reshape(IMAGE_SHAPE) < count
+        shown = torch.where(drawn, rows, math.nan)
+        figure.axes[0].images[0].set_data(plotting.grid_of(shown, len(samples)))
+        figure.axes[0].set_title(f"{count} of {NUM_PIXELS} pixels")
+        buffer = io.BytesIO()
+        figure.savefig(buffer, dpi=200)  # two dots per pixel of an image
+        frames.append(Image.open(buffer).convert("RGB").quantize(palette=GIF_PALETTE, dither=0))
+    buffer = io.BytesIO()
+    times = [150] * (len(frames) - 1) + [2000]  # milliseconds; the last frame stays
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)
+    files.write_atomically(path, buffer.getvalue())
 
 
 def draw_comparison(path, grids, dataset):

@@ -3,15 +3,16 @@
 import math
 from functools import partial
 
+import numpy as np
 import torch
 
 from models.common import IMAGE_SHAPE
 from models.VAE import loss_terms
 from utils import files, machine, metrics, plotting
 from utils.data import binarize, to_unit
-from utils.figures import COLUMNS, NUM_SAMPLES
 from utils.likelihoods import importance_bounds, plane_log_likelihood, plane_posteriors
 from utils.metrics import CHUNK, NUM_DRAWS
+from utils.plotting import COLUMNS, NUM_SAMPLES
 from utils.prior import draw_codes
 
 PLANE_SIDE = 15
@@ -144,9 +145,16 @@ def draw_posterior(path, model, images):
     low, high = likely.amin(0) - 0.05, likely.amax(0) + 0.05
     z, (log_p,), (log_q,) = plane_posteriors(model, x[worst, None], low.tolist(), high.tolist())
     peaks = decode_images(model, torch.stack([z[log_q.argmax()], z[log_p.argmax()]]))
-    shown = {"image": x[worst], "at the mean of q": peaks[0], "at the peak of p": peaks[1]}
+    side = math.isqrt(len(z))
+    z_1, z_2, p, q = (each.reshape(side, side).cpu().numpy() for each in (*z.T, log_p.exp(), log_q.exp()))
     title = f"$p(z|x)$ blue, $q(z|x)$ orange; gap {gaps[worst].item():.0f} nats, median {gaps.median().item():.1f}"
-    plotting.save_posterior(path, shown, z, log_p.exp(), log_q.exp(), title)
+    with plotting.new_figure(path, plotting.WIDTH, 1.7, 1, 2, width_ratios=[2, 1]) as (_, (left, right)):
+        headings = {"image": 0, "at the mean of q": 1, "at the peak of p": 2}
+        plotting.draw_images(torch.cat([x[worst, None], peaks]), 3, axis=left, headings=headings)
+        right.pcolormesh(z_1, z_2, p, cmap="Blues", shading="nearest", rasterized=True)
+        right.contour(z_1, z_2, q, q.max() * np.exp([-2, -0.5]), colors=plotting.COLORS[1])
+        right.set(xlabel="$z_1$", ylabel="$z_2$", title=title)
+        right.set_aspect("equal")
 
 
 def typical(means, labels, digit):

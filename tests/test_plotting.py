@@ -43,7 +43,6 @@ CALLS = {
     "save_images": (IMAGES, 4, ["a", "b", "c"], "title"),
     "save_rows": (dict(real=IMAGES, drawn=IMAGES), 4),
     "save_grid_table": ({"few": [IMAGES] * 2, "more": [IMAGES] * 2}, 4, ["samples", "plane"], {"more": [0, 3]}, "a note"),
-    "save_strips": ([(name, range(4), {"$D(x)$": [1, 0, 1, 0]}, IMAGES) for name in "ab"],),
     "save_latent_plane": (IMAGES[:9], 3),
     "save_scatter": (POINTS, DIGITS, "title"),
     "save_curves": (

@@ -158,13 +158,21 @@ def draw_ablation(path, folders, load_model):
 
     `folders` maps the name of a run to its folder.
     """
-    strips = []
-    for name, folder in folders.items():
-        rows = files.read_csv(folder / "epochs.csv")
-        x, real, fake = zip(*((row["epoch"], row["d_real"], row["d_fake"]) for row in rows))
-        samples = sample_images(load_model(folder / "model.pt"), 12)
-        strips.append((name, x, {"$D(x)$": real, "$D(G(z))$": fake}, samples))
-    plotting.save_strips(path, strips)
+    size = plotting.WIDTH, min(0.36 * len(folders), 8.6) + 0.6  # all strips fit on a page
+    shared = dict(squeeze=False, sharex="col", sharey="col", width_ratios=[1, 3])
+    with plotting.new_figure(path, *size, len(folders), 2, **shared) as (figure, axes):
+        for (left, right), (name, folder) in zip(axes, folders.items()):
+            rows = files.read_csv(folder / "epochs.csv")
+            epochs = [row["epoch"] for row in rows]
+            for key, label in (("d_real", "$D(x)$"), ("d_fake", "$D(G(z))$")):
+                left.plot(epochs, [row[key] for row in rows], linewidth=1, label=label)
+            left.tick_params(length=2, pad=1, labelleft=False)
+            left.set_ylabel(name, rotation=0, ha="right", va="center", labelpad=2)
+            plotting.draw_images(sample_images(load_model(folder / "model.pt"), 12), 12, axis=right)
+        left.tick_params(labelleft=True)
+        left.set(xlabel="epoch")
+        figure.align_ylabels(axes[:, 0])
+        figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=2)
     table = files.read_csv(path.with_suffix(".csv"))
     if "frechet_distance_mean" in table[0]:  # which needs a classifier of the data set
         draw_ablation_metrics(path.with_name("ablation_metrics.png"), table)

@@ -138,23 +138,6 @@ def save_grid_table(path, columns, images_across, row_labels=("",), marked=(), n
             axis.set_ylabel(label)
 
 
-def save_strips(path, strips):
-    """Write a page of strips (name, epochs, curves by label, images)."""
-    size = WIDTH, min(0.36 * len(strips), 8.6) + 0.6  # all strips fit on a page
-    shared = dict(squeeze=False, sharex="col", sharey="col", width_ratios=[1, 3])
-    with new_figure(path, *size, len(strips), 2, **shared) as (figure, axes):
-        for (left, right), (name, epochs, curves, images) in zip(axes, strips):
-            for label, values in curves.items():
-                left.plot(epochs, values, linewidth=1, label=label)
-            left.tick_params(length=2, pad=1, labelleft=False)
-            left.set_ylabel(name, rotation=0, ha="right", va="center", labelpad=2)
-            draw_images(images, len(images), axis=right)
-        left.tick_params(labelleft=True)
-        left.set(xlabel="epoch")
-        figure.align_ylabels(axes[:, 0])
-        figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=2)
-
-
 @our_style()
 def save_latent_plane(path, images, side):
     """Write images (side^2, 1, H, W) at quantiles of the prior as PNG: z_1 to the right, z_2 upwards."""

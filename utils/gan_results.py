@@ -72,10 +72,7 @@ def find_trouble(generator, d_real, d_fake, dataset="MNIST"):
 
 @torch.no_grad()
 def log_quality(run, generator, discriminator, images, test_images):
-    """Add a row to quality.csv: the generator's updates, metrics of a few samples, and D's mean outputs.
-
-    D has no dropout there, and gets up to 10,000 of the uint8 images of each set.
-    """
+    """Add a row to quality.csv: the generator's updates, metrics of a few samples, D without dropout on both sets."""
     if not metrics.has_classifier(run.args.dataset):
         return
     count = metrics.NUM_JUDGED_QUICKLY if run.args.dry_run else 2000
@@ -154,10 +151,7 @@ def draw_neighbours(path, generator, images, seed):
 
 
 def draw_ablation(path, folders, load_model):
-    """Draw D(x), D(G(z)) and samples of every run, and beside `path` the metrics in ablation.csv.
-
-    `folders` maps the name of a run to its folder.
-    """
+    """Draw D(x), D(G(z)) and samples of every run, and the metrics in ablation.csv; `folders` has runs by name."""
     size = plotting.WIDTH, min(0.36 * len(folders), 8.6) + 0.6  # all strips fit on a page
     shared = dict(squeeze=False, sharex="col", sharey="col", width_ratios=[1, 3])
     with plotting.new_figure(path, *size, len(folders), 2, **shared) as (figure, axes):
@@ -174,19 +168,17 @@ def draw_ablation(path, folders, load_model):
         figure.align_ylabels(axes[:, 0])
         figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=2)
     table = files.read_csv(path.with_suffix(".csv"))
-    if "frechet_distance_mean" in table[0]:  # which needs a classifier of the data set
-        draw_ablation_metrics(path.with_name("ablation_metrics.png"), table)
-
-
-def draw_ablation_metrics(path, table):
-    """Draw the metrics of runs, the rows of ablation.csv, without those that failed: they would hide the others."""
+    if "frechet_distance_mean" not in table[0]:
+        return  # there is no classifier of the data set
     panels = {key.replace("_", " ").replace("frechet", "Fréchet"): {"": key} for key in metrics.ONE_SCALE}
+    # Runs that failed would hide the others' differences.
     too_far = 10 * table[0]["frechet_distance_mean"]  # the default's
     left_out = [row["variant"] for row in table if (row["frechet_distance_mean"] or 0) >= too_far]
     shown = [row for row in table if row["variant"] not in left_out]
     what = "left out, with ten times the default's Fréchet distance or more: "
     note = what + ", ".join(left_out) if left_out else ""
-    plotting.save_ablation(path, shown, panels, ["Fréchet distance"], note)
+    metrics_path = path.with_name("ablation_metrics.png")
+    plotting.save_ablation(metrics_path, shown, panels, ["Fréchet distance"], note)
 
 
 def write_metrics(run, generator, images):

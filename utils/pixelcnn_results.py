@@ -253,14 +253,11 @@ def classifier_metrics(samples, real, conditional, dataset):
 
 
 def label_metrics(run, network, x, labels, protocol):
-    """Return the metrics of a network as a classifier and as a mixture over labels, and the mixture's NLL, (N,).
-
-    By Bayes' rule, the label with the largest p(x | y) is the most likely one.
-    """
+    """Return the metrics of a network as a classifier and as a mixture over labels, and the mixture's NLL, (N,)."""
     with machine.autocast(run.device, run.options["precision"]):
         given_y = (pixel_nll(network, x, torch.full_like(labels, y)) for y in range(NUM_CLASSES))
         log_likelihoods = -torch.stack([nll.sum((1, 2, 3)) for nll in given_y], 1)  # log p(x | y), (N, 10)
-    guesses = log_likelihoods.argmax(1)
+    guesses = log_likelihoods.argmax(1)  # the most likely labels, by Bayes' rule
     run.draw("bayes.png", plotting.save_confusion, labels, guesses, "label with the highest log p(x|y)")
     mixture_nll = math.log(NUM_CLASSES) - log_likelihoods.logsumexp(1)
     precision = "in the precision of the training"

@@ -78,15 +78,12 @@ def decode_plane(model, side):
 
 
 def draw_losses(path, history, batches):
-    """Draw the negative ELBO and its terms over the epochs, of a short training its loss over the batches.
-
-    The much larger values before the training are left out.
-    """
+    """Draw the negative ELBO and its terms over the epochs, of a short training its loss over the batches."""
     if history["epoch"][-1] < plotting.FEW_EPOCHS:
         end = {"negative ELBO of test images at the end": -history["test_elbo"][-1]}
         return plotting.save_batches(path, batches, "loss (nats per image)", end)
     labels = {"elbo": "negative ELBO", "reconstruction": r"$-\log p(x|z)$", "kl": r"KL$(q(z|x) \,\|\, p(z))$"}
-    panels = []
+    panels = []  # without the much larger values before the training
     for term, label in labels.items():
         keys = {"training images": f"train_{term}", "test images": f"test_{term}"}
         curves = {name: [*map(abs, history[key][1:])] for name, key in keys.items()}

@@ -181,7 +181,7 @@ def test_the_moving_picture_shows_pixels_in_raster_order_above_their_predictions
             times.append(frame.info["duration"])
     assert times == [150, 150, 2000]
     grey = (dots[0] == 136).all(2)  # the frame of the grid, of 124 x 244 dots
-    top, left = (grey.sum(1) == 244).argmax(), (grey.sum(0) == 124).argmax()
+    top, left = (grey.sum(1) >= 244).argmax(), (grey.sum(0) >= 124).argmax()
     assert (dots[0][:top] != dots[1][:top]).any(), "captions differ"
     rows = torch.cat([samples, network(samples, torch.eye(10)[:4]).sigmoid()])
     for frame, count in zip(dots, (0, 392, 784)):

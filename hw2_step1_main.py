@@ -17,7 +17,6 @@ Writes into results/step1_gan/:
     samples.png                 images of the trained generator
     quality.png                 metrics of the samples over the epochs
     samples_by_epoch.png        images of the same noise, from before the training to its end
-    training.gif                the same as a moving picture
     neighbours.png              generated images above the training images nearest to them
     walk.png                    from one noise vector to another, a row for each pair
     losses.csv, epochs.csv, quality.csv, metrics.json, config.json, model.pt (the generator)

@@ -17,7 +17,6 @@ Writes into results/step3_vae/:
     latent_plane.png      the latent plane, decoded at quantiles of the prior
     latent_means.png      the posterior means of the test digits, coloured by digit
     reconstructions.png   test images above their reconstructions
-    training.gif          the latent plane over the epochs, a moving picture
     walk.png              from one test digit to another, in the latent space and in pixels
     posterior.png         the test image whose bound is loosest, its true posterior and its q, with two latent dimensions
     losses.csv, batches.csv, per_image.npz, metrics.json, config.json, model.pt, prior.pt
@@ -37,7 +36,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from models.common import NUM_PIXELS
 from models.VAE import VAE_model, loss_terms
-from utils import cli, data, files, machine, prior, vae_results
+from utils import cli, data, files, machine, plotting, prior, vae_results
 from utils.options import Fraction, number
 from utils.vae_results import evaluate
 
@@ -153,7 +152,6 @@ def log_epoch(run, model, train_set, test_set):
         row[f"{name}_elbo"] = -reconstruction - kl
         row[f"{name}_reconstruction"] = reconstruction
         row[f"{name}_kl"] = kl
-    run.snapshot(vae_results.decode_plane(model, vae_results.SNAPSHOT_SIDE))
     run.log(epoch=run.epochs_done, **row)
     shown = {f"{name} -ELBO": -row[f"{name}_elbo"] for name in ("train", "test")}
     run.print_epoch(shown, "nats per image")
@@ -163,7 +161,7 @@ def plot_latent_images(model, path="latent_plane.png", n=vae_results.PLANE_SIDE,
     """Draw the latent plane, decoded at n x n quantiles of the prior. The handout's call names n second."""
     if isinstance(path, int):
         path, n = "latent_plane.png", path
-    vae_results.draw_latent_plane(path, model, n)
+    plotting.save_latent_plane(path, vae_results.decode_plane(model, n), n)
 
 
 def load_model(path, device="cpu"):

@@ -115,17 +115,6 @@ def test_receptive_field_and_its_blind_spot():
     assert torch.equal(seen, expected)
 
 
-def test_label_log_likelihoods():
-    network = build(ConditionalPixelCNN).float()
-    x = (torch.rand(4, 1, 28, 28) > 0.8).float()
-    table = pixelcnn_results.label_log_likelihoods(network, x)
-    assert table.shape == (4, 10)
-    for label in (0, 3, 9):
-        y = F.one_hot(torch.full((4,), label), 10)
-        expected = torch.distributions.Bernoulli(logits=network(x, y)).log_prob(x).flatten(1).sum(1)
-        assert torch.allclose(table[:, label], expected, rtol=1e-4)
-
-
 def test_nll_by_hand_and_its_mean_over_a_short_last_batch():
     """A constant probability p gives -k log p - (784 - k) log(1 - p) for an image of k white pixels."""
     network, labels = constant_network(0.2), torch.zeros(5, dtype=torch.long)

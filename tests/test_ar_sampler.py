@@ -61,18 +61,6 @@ class Normalised(PixelCNN):
         self.activation = nn.Sequential(nn.BatchNorm2d(5), nn.ReLU())
 
 
-class TwoLayersInABlock(PixelCNN):
-    def __init__(self, **architecture):
-        super().__init__(**architecture)
-        self.further = self.masked_layer("B", 5, 5, 3)
-
-    def logits(self, x, convolve, position):
-        def further_instead(layer, h):
-            return convolve(self.further if layer is self.blocks[1][0] else layer, h)
-
-        return super().logits(x, further_instead, position)
-
-
 class PlainHead(PixelCNN):
     """With unmasked 1 x 1 layers, which need no mask."""
 
@@ -81,7 +69,7 @@ class PlainHead(PixelCNN):
         self.head = nn.ModuleList([nn.Conv2d(5, 5, 1), nn.Conv2d(5, 1, 1)])
 
 
-@pytest.mark.parametrize("network_class", [Normalised, TwoLayersInABlock, PlainHead])
+@pytest.mark.parametrize("network_class", [Normalised, PlainHead])
 def test_networks_that_a_reader_may_try_can_be_sampled(network_class):
     network = build(network_class, head_channels=5, pointwise=False)
     for module in network.modules():
@@ -116,14 +104,6 @@ class Unmasked(PixelCNN):
         self.blocks[1][0] = nn.Conv2d(5, 5, 3, padding=1)
 
 
-class OpenMask(PixelCNN):
-    """With a mask that shows one later pixel."""
-
-    def __init__(self, **architecture):
-        super().__init__(**architecture)
-        self.blocks[0][0].mask[2, 1, -1, 0] = 1
-
-
 class Shifted(PixelCNN):
     """With features that are moved down by a row in `logits`, as gated PixelCNNs do."""
 
@@ -142,15 +122,7 @@ class Dilated(PixelCNN):
         return layer
 
 
-class NormalisedOverPixels(PixelCNN):
-    """With a normalisation that fails for one pixel. It sees later pixels."""
-
-    def __init__(self, **architecture):
-        super().__init__(**architecture)
-        self.activation = nn.LayerNorm([5, 7, 6], dtype=torch.double)
-
-
-@pytest.mark.parametrize("network_class", [Unmasked, OpenMask, Shifted, Dilated, NormalisedOverPixels])
+@pytest.mark.parametrize("network_class", [Unmasked, Shifted, Dilated])
 def test_the_plain_loop_draws_what_the_cache_cannot(network_class):
     network = build(network_class, head_channels=5)
     nn.init.normal_(network.head[-1].weight, std=3)

@@ -17,7 +17,7 @@ from models import AR, ar_sampler
 from models.classifier import Classifier
 from results import train_classifier
 from tests import children
-from utils import cli, figures, machine, metrics, pixelcnn_results, run
+from utils import cli, machine, metrics, pixelcnn_results, run
 
 fake_tensors = pytest.importorskip("torch._subclasses.fake_tensor", reason="torch has no fake tensors")
 aten, GPU = torch.ops.aten, torch.device("cuda", 0)
@@ -115,7 +115,7 @@ def test_a_whole_run(name, fake_cuda, monkeypatch, tmp_path):
         (AR, "draw_images", lambda network, shape, *_: network.first.weight.new_zeros(shape)),  # tested below
         (ar_sampler, "can_cache", lambda *_: True),
         (train_classifier, "Classifier", lambda: Classifier(channels=(2, 2))),
-        (figures, "save_gif", lambda *_, **__: None),
+        (pixelcnn_results.Image, "open", lambda _: pixelcnn_results.GIF_PALETTE),
         (Figure, "savefig", lambda *_, **__: None),
         (run, "DRY_RUN_BATCHES", 1),
         (cli, "DRY_RUN_EPOCHS", 1),

@@ -70,10 +70,14 @@ def test_a_relativistic_discriminator_has_names_of_its_own(monkeypatch, tmp_path
         assert "g_loss" not in finished, "the generator had no update"
 
 
-def test_an_ablation_names_the_variants_that_it_does_not_draw(drawn):
-    distances = dict(default=40.0, better=30.0, collapsed=400.0, unknown=None)
-    table = [dict(variant=name, frechet_distance_mean=value) for name, value in distances.items()]
-    gan_results.draw_ablation_metrics("ablation_metrics.png", table)
+def test_an_ablation_names_the_variants_that_it_does_not_draw(drawn, tmp_path):
+    distances = dict(default=40.0, better=30.0, collapsed=400.0, unknown="")
+    lines = [f"{name},{value}" for name, value in distances.items()]
+    (tmp_path / "ablation.csv").write_text("\n".join(["variant,frechet_distance_mean", *lines]))
+    (tmp_path / "epochs.csv").write_text("epoch,d_real,d_fake\n1,0.8,0.3\n2,0.7,0.4\n")
+    folders = dict.fromkeys(distances, tmp_path)
+    gan_results.draw_ablation(tmp_path / "ablation.png", folders, lambda path: Generator(5, (8, 8)))
+    assert (tmp_path / "ablation.png").exists() and (tmp_path / "ablation.pdf").exists()
     rows, _, _, note = drawn[0]
     assert [row["variant"] for row in rows] == ["default", "better", "unknown"]
     assert note.endswith(": collapsed")
@@ -89,11 +93,9 @@ def test_the_handouts_generator_is_sampled_as_ours():
 
 
 @pytest.mark.parametrize("last", [0, 1, 2, 5, 50])
-def test_short_trainings_have_samples_by_epoch(last, drawn):
-    images = torch.zeros(gan_results.NUM_SNAPSHOT, 1, 28, 28, dtype=torch.uint8)
-    gan_results.draw_samples_by_epoch("samples_by_epoch.png", dict.fromkeys(range(last + 1), images))
-    names = drawn[0][2]
-    assert names[0] == "epoch 0" and names[-1] == f"epoch {last}" and len(names) <= gan_results.STRIP_ROWS
+def test_short_trainings_have_samples_by_epoch(last):
+    shown = gan_results.spread([*range(last + 1)])
+    assert shown[0] == 0 and shown[-1] == last and len(shown) <= gan_results.STRIP_ROWS
 
 
 def test_losses_are_drawn_over_epochs_or_in_a_short_training_over_batches(drawn):

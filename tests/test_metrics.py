@@ -7,7 +7,6 @@ import sys
 import time
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
@@ -18,33 +17,25 @@ from utils.data import binarize, load_data
 
 
 def test_frechet_distance_of_gaussians():
-    """|m_1 - m_2|^2 + sum_j (s_1j - s_2j)^2 for diagonal covariances, and zero for equal samples."""
+    """|m_1 - m_2|^2 + sum_j (s_1j - s_2j)^2 for diagonal covariances, in any basis, and zero for equal samples."""
     torch.manual_seed(0)
     a = torch.randn(200_000, 3).double()
     # Moments exactly 0 and I, then exactly those wanted.
     a = (a - a.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(a.T.cov())).T
     scale, shift = torch.tensor([1.0, 2.0, 0.5]).double(), torch.tensor([3.0, 0.0, -1.0]).double()
-    assert metrics.frechet_distance(a, a * scale + shift) == pytest.approx(10 + 0 + 1 + 0.25, rel=1e-6)
+    basis, _ = torch.linalg.qr(torch.randn(3, 3).double())
+    for b, c in ((a, a * scale + shift), (a @ basis, (a * scale + shift) @ basis)):
+        assert metrics.frechet_distance(b, c) == pytest.approx(10 + 0 + 1 + 0.25, rel=1e-6)
     assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
 
 
-def test_frechet_distance_of_correlated_gaussians_by_matrix_square_root():
-    a, b = torch.randn(500, 4).double() @ torch.randn(4, 4).double(), torch.randn(400, 4).double()
-    cov_a, cov_b = np.cov(a.numpy().T), np.cov(b.numpy().T)
-    root = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).astype(complex)).real.sum()
-    expected = ((a.mean(0) - b.mean(0)) ** 2).sum().item() + np.trace(cov_a) + np.trace(cov_b) - 2 * root
-    assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
-
-
-def test_classifier_score_and_shares_in_closed_form():
+def test_classifier_score_in_closed_form():
     sure = torch.eye(10).double().repeat(5, 1)
     assert metrics.classifier_score(sure) == pytest.approx(10)
     assert metrics.classifier_score(sure[:1].repeat(7, 1)) == pytest.approx(1)
     two = torch.tensor([[0.75, 0.25], [0.25, 0.75]]).double()
     expected = math.exp(math.log(2) + 0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     assert metrics.classifier_score(two) == pytest.approx(expected)
-    shares = metrics.digit_shares(torch.tensor([0, 0, 3, 9]))
-    assert shares.tolist() == [0.5, 0, 0, 0.25, 0, 0, 0, 0, 0, 0.25]
 
 
 def brute_force_neighbours(samples, real, k):
@@ -209,10 +200,8 @@ def test_a_default_of_double_precision_changes_no_metric(tmp_path):
 @pytest.mark.parametrize(
     "images, reason",
     [
-        (torch.rand(10, 3, 28, 28), r"takes floats \(N, 1, 28, 28\), not .*\(10, 3, 28, 28\)"),
         (torch.zeros(10, 1, 28, 28, dtype=torch.uint8), "takes floats .* not torch.uint8"),
         (torch.rand(5, 1, 28, 28), "at least 6 images .* not 5"),
-        (torch.rand(10, 1, 28, 28) * 2 - 1, r"in \[0, 1\], not 10 from -"),
         (torch.full((10, 1, 28, 28), float("nan")), "from nan"),
     ],
 )

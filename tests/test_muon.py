@@ -55,15 +55,6 @@ def train(network, optimizer, schedule, num_steps):
         schedule.step()
 
 
-def test_muon_gets_the_kernels_of_the_blocks_and_adam_the_rest():
-    for muon_rate in (0.02, None):
-        network, optimizer, _ = small_training(muon_rate)
-        others, *kernels = (group["params"] for group in optimizer.param_groups)
-        assert sorted(map(id, sum(kernels, others))) == sorted(map(id, network.parameters()))
-        expected = [id(layer.weight) for block in network.blocks for layer in block] if muon_rate else []
-        assert [id(kernel) for kernel in sum(kernels, [])] == expected
-
-
 class OtherBlocks(nn.Module):
     """A network whose `blocks` hold other modules and parameters, or none."""
 

@@ -14,7 +14,7 @@ from tests import children, textbook
 from tests.children import STEPS
 from tests.conftest import assert_refused, documented_files
 from utils import cli, metrics, pixelcnn_results
-from utils.figures import STYLE
+from utils.plotting import STYLE
 
 
 class PixelCNN(textbook.PixelCNN):

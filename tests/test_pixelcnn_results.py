@@ -3,12 +3,14 @@
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageSequence
 from torch import nn
 
 from models.AR import ConditionalPixelCNN, PixelCNN
-from utils import files
+from utils import files, plotting
 from utils import pixelcnn_results as results
 
 SMALL = dict(num_blocks=2, channels=5, head_channels=7, first_kernel_size=5)
@@ -37,26 +39,21 @@ def test_stochastic_test_images_are_the_same_in_every_epoch():
     assert set(first.unique().tolist()) == {0.0, 1.0} and torch.equal(state, torch.get_rng_state())
 
 
-def test_a_conditional_network_as_a_classifier_and_as_a_mixture(monkeypatch):
+def test_a_conditional_network_as_a_classifier_and_as_a_mixture():
     """By Bayes' rule the most likely label is the guess, and p(x) is the mean of p(x | y) over the labels."""
-    table = torch.full((3, 10), -100.0)
-    table[0, 4], table[1, 2], table[2, 2] = -50, -60, -70
-    monkeypatch.setattr(results, "label_log_likelihoods", lambda *_: table)
-    drawn = []
-
-    def draw(name, function, labels, guesses, *_):
-        drawn.append((name, labels.tolist(), guesses.tolist()))
-
-    options = dict(precision="float32")
+    network, x = conditional_network(), (torch.rand(12, 1, 28, 28) > 0.8).float()
+    repeated = x.repeat_interleave(10, 0)  # each label in turn, for each image
+    bernoulli = torch.distributions.Bernoulli(logits=network(repeated, torch.eye(10).repeat(12, 1)))
+    table = bernoulli.log_prob(repeated).sum((1, 2, 3)).view(12, 10).detach()
+    drawn, likeliest = {}, table.argmax(1)
+    labels = torch.cat([likeliest[:8], (likeliest[8:] + 1) % 10])
+    options, draw = dict(precision="float32"), lambda name, _, *arguments: drawn.update({name: arguments})
     run = SimpleNamespace(device=torch.device("cpu"), options=options, draw=draw)
-    labels = torch.tensor([4, 2, 9])
-    entries, nll = results.label_metrics(run, None, torch.zeros(3, 1, 28, 28), labels, {})
-    assert entries["bayes_accuracy"]["value"] == pytest.approx(2 / 3)
-    expected = torch.tensor([50.0, 60, 70]) + math.log(10)  # the other labels have next to no share
-    assert torch.allclose(nll, expected) and entries["mixture_nll"]["value"] == pytest.approx(
-        nll.mean().item()
-    )
-    assert drawn == [("bayes.png", [4, 2, 9], [4, 2, 2])]
+    entries, nll = results.label_metrics(run, network, x, labels, {})
+    assert entries["bayes_accuracy"]["value"] == pytest.approx(8 / 12)
+    assert torch.allclose(nll, math.log(10) - table.logsumexp(1), rtol=1e-4)
+    assert entries["mixture_nll"]["value"] == pytest.approx(nll.mean().item())
+    assert torch.equal(drawn["bayes.png"][0], labels) and torch.equal(drawn["bayes.png"][1], likeliest)
 
 
 def test_how_often_the_classifier_is_unsure_and_sees_the_digit_that_was_asked_for(monkeypatch):
@@ -81,9 +78,8 @@ def test_how_often_the_classifier_is_unsure_and_sees_the_digit_that_was_asked_fo
 def drawn(monkeypatch):
     """Record the arguments after the path of all that is drawn, in a list."""
     calls = []
-    kinds = [(results.plotting, f"save_{name}") for name in ("images", "curves")]
-    for module, name in [*kinds, (results.figures, "save_gif")]:
-        monkeypatch.setattr(module, name, lambda _, *args, **__: calls.append(args))
+    for name in ("save_images", "save_curves"):
+        monkeypatch.setattr(plotting, name, lambda _, *args, **__: calls.append(args))
     return calls
 
 
@@ -172,14 +168,21 @@ def test_losses_of_a_short_training_are_drawn_over_its_batches(drawn):
     assert x == [0, 1, 2, 3]
 
 
-def test_the_moving_picture_shows_pixels_in_raster_order_beside_their_predictions(drawn):
-    network = conditional_network()
-    samples = (torch.rand(10, 1, 28, 28) > 0.5).float()
-    results.draw_drawing("drawing.gif", network, samples, torch.arange(10))
-    frames, columns, captions, _ = drawn[0]
-    assert columns == 10 and captions[-1] == "784 of 784 pixels" and len(frames) == len(captions)
-    assert torch.allclose(frames[-1], torch.cat([samples, network(samples, torch.eye(10)).sigmoid()]))
-    counts = [784 - frame.isnan().sum().item() // 20 for frame in frames]
-    assert counts[0] == 0 and counts[-1] == 784 and counts == sorted(counts)
-    known = ~frames[1].flatten(1).isnan()
-    assert known[:, : counts[1]].all() and not known[:, counts[1] :].any()
+def test_the_moving_picture_shows_pixels_in_raster_order_above_their_predictions(monkeypatch, tmp_path):
+    monkeypatch.setattr(results, "PIXELS_A_FRAME", 392)
+    grid_of, grids = plotting.grid_of, []
+    monkeypatch.setattr(plotting, "grid_of", lambda *images: grids.append(images[0]) or grid_of(*images))
+    network, samples = conditional_network(), (torch.rand(4, 1, 28, 28) > 0.5).float()
+    for name in ("a.gif", "b.gif"):
+        results.draw_drawing(tmp_path / name, network, samples, torch.arange(4))
+    assert (tmp_path / "a.gif").read_bytes() == (tmp_path / "b.gif").read_bytes()
+    rows = torch.cat([samples, network(samples, torch.eye(10)[:4]).sigmoid()])
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert gif.n_frames == 3
+        for frame, shown, count in zip(ImageSequence.Iterator(gif), grids[1:4], (0, 392, 784)):
+            assert torch.allclose(shown.flatten(1)[:, :count], rows.flatten(1)[:, :count])
+            assert shown.flatten(1)[:, count:].isnan().all()
+            assert frame.info["duration"] == (2000 if count == 784 else 150)
+            # Every pixel of an image is a block of 2 x 2 on the screen, in some versions a few dots more.
+            unknown = (np.asarray(frame.convert("RGB")) == (86, 180, 233)).all(2).sum()
+            assert unknown == pytest.approx(8 * 4 * (784 - count), rel=0.03)

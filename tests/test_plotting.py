@@ -14,7 +14,7 @@ import torch
 from matplotlib.font_manager import fontManager
 from PIL import Image
 
-from utils import figures, plotting
+from utils import plotting
 
 ROOT = Path(__file__).resolve().parent.parent
 HOSTILE = {
@@ -43,17 +43,14 @@ CALLS = {
     "save_images": (IMAGES, 4, ["a", "b", "c"], "title"),
     "save_rows": (dict(real=IMAGES, drawn=IMAGES), 4),
     "save_grid_table": ({"few": [IMAGES] * 2, "more": [IMAGES] * 2}, 4, ["samples", "plane"], {"more": [0, 3]}, "a note"),
-    "save_strips": ([(name, range(4), {"$D(x)$": [1, 0, 1, 0]}, IMAGES) for name in "ab"], "epoch"),
     "save_latent_plane": (IMAGES[:9], 3),
     "save_scatter": (POINTS, DIGITS, "title"),
     "save_curves": (
         range(4), [("loss", CURVES, {"optimum": 1.0}), ("error", CURVES, {"one": 1, "two": 2})], "epoch", 2, ["error"]
     ),
     "save_batches": (dict(iteration=[1, 2, 3], loss=[5.0, 4.0, 3.0]), "loss", {"test images": 3.5}),
-    "save_map": (PIXELS, "label"),
-    "save_receptive_field": (((PIXELS > 100) & (PIXELS < 395)).float() * (PIXELS + 1), (14, 3)),
+    "save_map": (((PIXELS > 100) & (PIXELS < 395)).float() * (PIXELS + 1), "label", (14, 3)),
     "save_confusion": (DIGITS, DIGITS.flip(0), "guess"),
-    "save_posterior": (dict(image=IMAGES[0]), torch.cartesian_prod(*[torch.arange(9.0)] * 2), *torch.rand(2, 81), "title"),
     "save_ablation": (ROWS, {"nats": {"ELBO": "elbo", "NLL": "nll"}, "distance": {"": "nll"}}, ["distance"], "a note"),
 }  # fmt: skip
 
@@ -95,7 +92,7 @@ def test_drawing_writes_files_and_leaves_settings_alone(name, drawn):
     assert b"/Type3" not in files.get(".pdf", b"") and b"CreationDate" not in files.get(".pdf", b"")
     with Image.open(io.BytesIO(files[".png"])) as image:
         dpi = round(image.info["dpi"][0])
-        assert dpi >= 300 and image.width <= 1.01 * figures.WIDTH * dpi, "the size in print"
+        assert dpi >= 300 and image.width <= 1.01 * plotting.WIDTH * dpi, "the size in print"
         ink = (np.asarray(image.convert("L")) < 250).nonzero()
         for place, length in zip(ink, reversed(image.size)):
             # A legend outside the axes keeps 0.1 inches free around it, in some versions a few pixels more.
@@ -150,8 +147,7 @@ def test_the_latent_plane_has_its_values_on_the_axes(monkeypatch):
 def saved(monkeypatch, function, *arguments):
     """Return the figure that a function draws, with its texts and ticks laid out."""
     kept = []
-    for module in (figures, plotting):
-        monkeypatch.setattr(module, "save", lambda figure, *_, **__: kept.append(figure))
+    monkeypatch.setattr(plotting, "save", lambda figure, *_, **__: kept.append(figure))
     function("figure.png", *arguments)
     kept[0].canvas.draw()
     return kept[0]
@@ -186,25 +182,3 @@ def test_counts_fit_into_the_cells_of_a_table_of_mistakes(monkeypatch):
     labels = (torch.arange(10_000) % 10).clamp(min=1)
     axis = saved(monkeypatch, plotting.save_confusion, labels, labels, "guess").axes[0]
     assert max(box.width for box in boxes(axis.texts)) < axis.bbox.width / 10
-
-
-def test_moving_picture_with_captions_and_unknown_pixels(tmp_path):
-    images = torch.stack([IMAGES.round(), 1 - IMAGES.round()])
-    images[0, 0, 0, 10:] = torch.nan
-    for name in ("a.gif", "b.gif"):
-        figures.save_gif(tmp_path / name, images, 4, ["epoch 1", "epoch 2"], ["x", "y", "z"])
-    assert (tmp_path / "a.gif").read_bytes() == (tmp_path / "b.gif").read_bytes()
-    frames, times = [], []
-    with Image.open(tmp_path / "a.gif") as gif:
-        for index in range(gif.n_frames):
-            gif.seek(index)
-            frames.append(np.asarray(gif.convert("RGB")).astype(int))
-            times.append(gif.info["duration"])
-    grey = (frames[0] == 136).all(2)  # the frame of the grid, of 184 x 244 dots
-    top, left = (grey.sum(1) == 244).argmax(), (grey.sum(0) == 184).argmax()
-    assert times == [150, 2000] and (frames[0][:top] != frames[1][:top]).any(), "captions differ"
-    # Every pixel of an image is a block of 2 x 2 equal ones on the screen.
-    expected = 255 * figures._grid(images[0], 4).repeat(2, 0).repeat(2, 1)
-    found, known = frames[0][top : top + 184, left : left + 244], ~np.isnan(expected)
-    assert np.abs(found[known] - expected[known][:, None]).max() < 9
-    assert (found[~known] == (86, 180, 233)).all()

@@ -12,7 +12,7 @@ from tests import children
 from tests.children import STEPS
 from tests.conftest import ROOT, assert_refused, content, documented_files, flags_of, position, same
 from utils import cli, files, machine, metrics
-from utils.figures import STYLE
+from utils.plotting import STYLE
 from utils.run import Run
 
 JUDGE = metrics.judge_sampler

@@ -16,9 +16,9 @@ from PIL import Image
 
 from utils import differ, files, machine
 from utils.cli import exit_code
-from utils.figures import WIDTH, new_figure
 from utils.files import ROOT, UserError
 from utils.options import ArgumentParser, folder
+from utils.plotting import WIDTH, new_figure
 
 DATA = ("dataset", "evaluated_on")
 SAME_SCALE = (*DATA, "unit", "formula", "binarization", "pixels", "test_images", "samples", "against")

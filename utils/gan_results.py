@@ -7,9 +7,9 @@ from functools import partial
 import torch
 
 from models.common import IMAGE_SHAPE
-from utils import figures, files, metrics, plotting
+from utils import files, metrics, plotting
 from utils.data import to_symmetric, to_unit
-from utils.figures import COLUMNS, NUM_SAMPLES
+from utils.plotting import COLUMNS, NUM_SAMPLES
 
 NUM_SNAPSHOT = 50  # images of the same noise that are kept after an epoch
 STRIP_ROWS = 8  # epochs shown in samples_by_epoch.png
@@ -27,8 +27,8 @@ G_LOSSES = {
 
 def labels(loss):
     """Return the names of what a batch records. A relativistic D compares an image with one of the other kind."""
-    outputs = ("D(x, G(z))", "D(G(z), x)") if loss == "relativistic" else ("D(x)", "D(G(z))")
-    return dict(zip(("d_loss", "g_loss", "d_real", "d_fake"), ("D loss", "G loss", *outputs)))
+    real, fake = ("D(x, G(z))", "D(G(z), x)") if loss == "relativistic" else ("D(x)", "D(G(z))")
+    return dict(d_loss="D loss", g_loss="G loss", d_real=real, d_fake=fake)
 
 
 @torch.no_grad()
@@ -63,30 +63,28 @@ def find_trouble(generator, d_real, d_fake, dataset="MNIST"):
     # Half the pixels with ink are white in real digits, fewer in the grey fog of early samples.
     sharp = (samples > 0.9).sum() > 0.2 * (samples > 0.1).sum()
     if sharp and metrics.has_classifier(dataset):
-        shares = metrics.digit_shares(metrics.probabilities(samples, dataset).argmax(1))
-        if shares.max() > 0.5:
-            warnings.append(f"collapsed generator: {shares.max():.0%} of its samples are a {shares.argmax()}")
+        counts = metrics.probabilities(samples, dataset).argmax(1).bincount()
+        if counts.max() > 0.5 * len(samples):
+            share = counts.max() / len(samples)
+            warnings.append(f"collapsed generator: {share:.0%} of its samples are a {counts.argmax()}")
     return warnings
 
 
-def log_quality(run, generator, discriminator, images, test_images):
-    """Add a row to quality.csv: the generator's updates, D without dropout on images, metrics of a few samples."""
-    if metrics.has_classifier(run.args.dataset):
-        count = metrics.NUM_JUDGED_QUICKLY if run.args.dry_run else 2000
-        entries = metrics.judge_for(run, sample_images(generator, count).cpu(), "none")
-        row = {name: entries[name]["value"] for name in metrics.ONE_SCALE}
-        row |= dict(updates=run.iteration // run.options["d_freq"], samples=count)
-        d_train, d_test = (mean_output(discriminator, each) for each in (images, test_images))
-        run.log("quality", epoch=run.epochs_done, **row, d_train=d_train, d_test=d_test)
-
-
 @torch.no_grad()
-def mean_output(discriminator, images):
-    """Return the mean D(x) over up to 10,000 uint8 images, without dropout."""
+def log_quality(run, generator, discriminator, images, test_images):
+    """Add a row to quality.csv: the generator's updates, metrics of a few samples, D without dropout on both sets."""
+    if not metrics.has_classifier(run.args.dataset):
+        return
+    count = metrics.NUM_JUDGED_QUICKLY if run.args.dry_run else 2000
+    entries = metrics.judge_for(run, sample_images(generator, count).cpu(), "none")
+    row = {name: entries[name]["value"] for name in metrics.ONE_SCALE}
+    row |= dict(updates=run.iteration // run.options["d_freq"], samples=count)
     without_dropout = copy.deepcopy(discriminator).eval()
-    parts = images[: metrics.NUM_JUDGED].split(metrics.CHUNK)
-    outputs = torch.cat([without_dropout(to_symmetric(part).flatten(1)) for part in parts])
-    return outputs.sigmoid().mean().item()
+    for name, each in (("d_train", images), ("d_test", test_images)):
+        parts = each[: metrics.NUM_JUDGED].split(metrics.CHUNK)
+        outputs = torch.cat([without_dropout(to_symmetric(part).flatten(1)) for part in parts])
+        row[name] = outputs.sigmoid().mean().item()
+    run.log("quality", epoch=run.epochs_done, **row)
 
 
 def draw_losses(path, history, options):
@@ -127,19 +125,22 @@ def draw_figures(run, generator, images):
     """Draw all but loss.png and samples.png; `images` are the uint8 training images."""
     if "quality" in run.tables:
         run.draw("quality.png", draw_quality, run.tables["quality"])
-    run.draw("samples_by_epoch.png", draw_samples_by_epoch, run.snapshots)
-    run.draw("training.gif", figures.save_training_gif, run.snapshots, COLUMNS)
+    rows = {f"epoch {epoch}": run.snapshots[epoch][:COLUMNS] / 255 for epoch in spread(list(run.snapshots))}
+    run.draw("samples_by_epoch.png", plotting.save_rows, rows)
     run.draw("neighbours.png", draw_neighbours, generator, images, run.args.seed)
-    run.draw("walk.png", draw_walk, generator, run.args.seed)
+    # Equal steps from one noise vector to another, along an arc, so that each step is normal noise again.
+    noise = torch.Generator().manual_seed(run.args.seed)
+    start, end = torch.randn(2, NUM_WALKS, 1, noise_size(generator), generator=noise)
+    angle = torch.linspace(0, math.pi / 2, WALK_STEPS)[:, None]
+    z = angle.cos() * start + angle.sin() * end  # (walks, steps, dim_z)
+    run.draw("walk.png", plotting.save_images, decode(generator, z.flatten(0, 1)), WALK_STEPS)
 
 
-def draw_samples_by_epoch(path, snapshots):
-    """Draw a row of images of the same noise for each of up to STRIP_ROWS epochs, early ones closer together."""
-    epochs, last = list(snapshots), len(snapshots) - 1
+def spread(epochs):
+    """Choose up to STRIP_ROWS of a list, the first and the last among them, early ones closer together."""
+    last = len(epochs) - 1
     after_0 = (round(last ** (row / (STRIP_ROWS - 2))) for row in range(STRIP_ROWS - 1))
-    shown = [epochs[index] for index in sorted({0, *after_0}) if index <= last]
-    images = torch.cat([snapshots[epoch][:COLUMNS] for epoch in shown]) / 255
-    plotting.save_images(path, images, COLUMNS, [f"epoch {epoch}" for epoch in shown])
+    return [epochs[index] for index in sorted({0, *after_0}) if index <= last]
 
 
 def draw_neighbours(path, generator, images, seed):
@@ -149,41 +150,35 @@ def draw_neighbours(path, generator, images, seed):
     plotting.save_rows(path, dict(sample=samples, nearest=real[metrics.nearest(samples, real)]))
 
 
-def draw_walk(path, generator, seed):
-    """Draw equal steps from one noise vector to another, along an arc, so that each step is normal noise again."""
-    noise = torch.Generator().manual_seed(seed)
-    start, end = torch.randn(2, NUM_WALKS, 1, noise_size(generator), generator=noise)
-    angle = torch.linspace(0, math.pi / 2, WALK_STEPS)[:, None]
-    z = angle.cos() * start + angle.sin() * end  # (walks, steps, dim_z)
-    plotting.save_images(path, decode(generator, z.flatten(0, 1)), WALK_STEPS)
-
-
 def draw_ablation(path, folders, load_model):
-    """Draw D(x), D(G(z)) and samples of every run, and beside `path` the metrics in ablation.csv.
-
-    `folders` maps the name of a run to its folder.
-    """
-    strips = []
-    for name, folder in folders.items():
-        rows = files.read_csv(folder / "epochs.csv")
-        x, real, fake = zip(*((row["epoch"], row["d_real"], row["d_fake"]) for row in rows))
-        samples = sample_images(load_model(folder / "model.pt"), 12)
-        strips.append((name, x, {"$D(x)$": real, "$D(G(z))$": fake}, samples))
-    plotting.save_strips(path, strips, xlabel="epoch")
+    """Draw D(x), D(G(z)) and samples of every run, and the metrics in ablation.csv; `folders` has runs by name."""
+    size = plotting.WIDTH, min(0.36 * len(folders), 8.6) + 0.6  # all strips fit on a page
+    shared = dict(squeeze=False, sharex="col", sharey="col", width_ratios=[1, 3])
+    with plotting.new_figure(path, *size, len(folders), 2, **shared) as (figure, axes):
+        for (left, right), (name, folder) in zip(axes, folders.items()):
+            rows = files.read_csv(folder / "epochs.csv")
+            epochs = [row["epoch"] for row in rows]
+            for key, label in (("d_real", "$D(x)$"), ("d_fake", "$D(G(z))$")):
+                left.plot(epochs, [row[key] for row in rows], linewidth=1, label=label)
+            left.tick_params(length=2, pad=1, labelleft=False)
+            left.set_ylabel(name, rotation=0, ha="right", va="center", labelpad=2)
+            plotting.draw_images(sample_images(load_model(folder / "model.pt"), 12), 12, axis=right)
+        left.tick_params(labelleft=True)
+        left.set(xlabel="epoch")
+        figure.align_ylabels(axes[:, 0])
+        figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=2)
     table = files.read_csv(path.with_suffix(".csv"))
-    if "frechet_distance_mean" in table[0]:  # which needs a classifier of the data set
-        draw_ablation_metrics(path.with_name("ablation_metrics.png"), table)
-
-
-def draw_ablation_metrics(path, table):
-    """Draw the metrics of runs, the rows of ablation.csv, without those that failed: they would hide the others."""
+    if "frechet_distance_mean" not in table[0]:
+        return  # there is no classifier of the data set
     panels = {key.replace("_", " ").replace("frechet", "Fréchet"): {"": key} for key in metrics.ONE_SCALE}
+    # Runs that failed would hide the others' differences.
     too_far = 10 * table[0]["frechet_distance_mean"]  # the default's
     left_out = [row["variant"] for row in table if (row["frechet_distance_mean"] or 0) >= too_far]
     shown = [row for row in table if row["variant"] not in left_out]
     what = "left out, with ten times the default's Fréchet distance or more: "
     note = what + ", ".join(left_out) if left_out else ""
-    plotting.save_ablation(path, shown, panels, ["Fréchet distance"], note)
+    metrics_path = path.with_name("ablation_metrics.png")
+    plotting.save_ablation(metrics_path, shown, panels, ["Fréchet distance"], note)
 
 
 def write_metrics(run, generator, images):

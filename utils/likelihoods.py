@@ -49,16 +49,11 @@ def plane_log_likelihood(model, x, spacing=0.04, half_width=5.0):
         x: targets in [0, 1], (N, ...).
         half_width: half the side of the square around zero. Outside 5.0 the prior N(0, I) has a mass of 1e-6.
     """
-    count = round(2 * half_width / spacing)
     images = x.flatten(1).to(next(model.parameters()))
-    axis = (torch.arange(count).to(images) + 0.5) * spacing - half_width
+    axis = (torch.arange(round(2 * half_width / spacing)).to(images) + 0.5) * spacing - half_width
     total = torch.full_like(images[:, 0], -math.inf)
     for z in progress(torch.cartesian_prod(axis, axis).split(NUM_DECODED), "integral over the latent plane"):
-        logits = _logits(model, z)
-        constant = _log_prior(z) - F.softplus(logits).sum(1)
-        for chunk, sums in zip(images.split(NUM_DECODED), total.split(NUM_DECODED)):
-            log_joint = torch.addmm(constant, chunk, logits.T)  # (images, grid points)
-            sums.copy_(torch.logaddexp(sums, log_joint.logsumexp(1)))
+        total = torch.logaddexp(total, _log_joint(model, images, z).logsumexp(1))
     return total + 2 * math.log(spacing)
 
 
@@ -71,10 +66,14 @@ def plane_posteriors(model, x, low=(-4.0, -4.0), high=(4.0, 4.0), side=160):
     """
     images = x.flatten(1).to(next(model.parameters()))
     z = torch.cartesian_prod(*(torch.linspace(*ends, side).to(images) for ends in zip(low, high)))
-    logits = _logits(model, z)
-    log_joint = torch.addmm(_log_prior(z) - F.softplus(logits).sum(1), images, logits.T)
     log_q = _log_normal(z, *(each[:, None] for each in model.encode(images)))
-    return z, log_joint.log_softmax(1), log_q.log_softmax(1)
+    return z, _log_joint(model, images, z).log_softmax(1), log_q.log_softmax(1)
+
+
+def _log_joint(model, x, z):
+    """Return log p(x|z) + log p(z) of each image x (N, D) and each z (M, z_size), (N, M)."""
+    logits = _logits(model, z)
+    return torch.addmm(_log_prior(z) - F.softplus(logits).sum(1), x, logits.T)
 
 
 def _logits(model, z):

@@ -93,7 +93,7 @@ def judge_thresholded(run, images, name=""):
     """Return metrics of thresholded samples, `name` in their keys; all three steps have this scale in common."""
     if len(images) <= NEIGHBOURS:  # in a dry run of very small batches
         return {}
-    entries = judge_for(run, (images > 0.5).float(), "threshold")
+    entries = judge_for(run, (images > 0.5).float().cpu(), "threshold")
     return {f"{key}{name}_threshold": entries[key] for key in ONE_SCALE if key in entries}
 
 
@@ -121,29 +121,21 @@ DESCRIPTIONS = dict(
 
 def compare(samples, real, sigma_images, classifier=None):
     """Return entries for metrics.json about samples (N, 1, 28, 28) in [0, 1]; without a classifier, Parzen's alone."""
-    values, errors = {}, {}
+    entries, values = {}, {}
     if classifier:
         features, of_class = _features(samples, classifier)
         real_features, _ = _features(real, classifier)
         distance = functools.partial(frechet_distance, b=real_features)
+        judged = dict(frechet_distance=(distance, features), classifier_score=(classifier_score, of_class))
+        for name, (statistic, x) in judged.items():
+            error = jackknife_error(statistic, x)
+            entries[name] = files.metric(statistic(x), *DESCRIPTIONS[name], standard_error=error)
         digits = of_class.argmax(1)
-        shares = digit_shares(digits)
-        values = dict(
-            frechet_distance=distance(features),
-            classifier_score=classifier_score(of_class),
-            largest_share=digits == shares.argmax(),
-            smallest_share=digits == shares.argmin(),
-            **neighbour_metrics(features, real_features),
-        )
-        errors = dict(
-            frechet_distance=jackknife_error(distance, features),
-            classifier_score=jackknife_error(classifier_score, of_class),
-        )
+        counts = digits.bincount(minlength=NUM_CLASSES)
+        values = dict(largest_share=digits == counts.argmax(), smallest_share=digits == counts.argmin())
+        values |= neighbour_metrics(features, real_features)
     values["parzen"], values["parzen_sigma"] = parzen_log_likelihood(samples, real, sigma_images)
-    entries = {name: files.metric(value, *DESCRIPTIONS[name]) for name, value in values.items()}
-    for name, error in errors.items():
-        entries[name]["standard_error"] = error
-    return entries
+    return entries | {name: files.metric(value, *DESCRIPTIONS[name]) for name, value in values.items()}
 
 
 def save_per_image(folder, x, values):
@@ -216,11 +208,6 @@ def classifier_score(probabilities):
     marginal = probabilities.mean(0)
     kl = torch.special.xlogy(probabilities, probabilities) - torch.special.xlogy(probabilities, marginal)
     return kl.sum(1).mean().exp().item()
-
-
-def digit_shares(labels):
-    """Return the share of each digit among labels (N,): (10,)."""
-    return labels.bincount(minlength=NUM_CLASSES).double() / len(labels)
 
 
 def neighbour_metrics(samples, real, k=NEIGHBOURS):

@@ -3,7 +3,7 @@
 import torch
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(torch.optim.Adam):
     """Orthogonalise the updates of the kernels; leave the other parameters to Adam.
 
     So no few directions dominate an update (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
@@ -13,27 +13,25 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, kernels, others, muon_rate, learning_rate, momentum=0.95):
         if muon_rate is None:
             others, kernels = [*others, *kernels], []
-        groups = [dict(params=kernels, lr=muon_rate, momentum=momentum)] if kernels else []
-        self.adam = torch.optim.Adam(others, lr=learning_rate, betas=(0.9, 0.99), fused=True)
-        super().__init__([*self.adam.param_groups, *groups], {})
+        super().__init__(others, lr=learning_rate, betas=(0.9, 0.99), fused=True)
+        if kernels:
+            self.add_param_group(dict(params=kernels, lr=muon_rate, momentum=momentum))
 
     @torch.no_grad()
     def step(self):
         """Update all parameters."""
-        # Adam works on the first group, with the states that this optimiser saves and loads.
-        self.adam.param_groups, self.adam.state = self.param_groups[:1], self.state
-        self.adam.step()
-        for group in self.param_groups[1:]:
+        groups = self.param_groups
+        self.param_groups = groups[:1]  # Adam's
+        super().step()
+        self.param_groups = groups
+        for group in groups[1:]:
             for weight in group["params"]:
-                average = self.state[weight].setdefault("average", torch.zeros_like(weight))
+                state = self.state[weight]
+                state.setdefault("step", torch.zeros(()))  # Adam looks for it when it loads a state
+                average = state.setdefault("average", torch.zeros_like(weight))
                 average.lerp_(weight.grad, 1 - group["momentum"])
                 ahead = weight.grad.lerp(average, group["momentum"])  # Nesterov's momentum
                 weight.sub_(orthogonalise(ahead.flatten(1)).view_as(weight), alpha=group["lr"])
-
-    def load_state_dict(self, state_dict):
-        """Load a state. Options that an older torch did not save keep their values."""
-        groups = [{**own, **saved} for own, saved in zip(self.param_groups, state_dict["param_groups"])]
-        super().load_state_dict({**state_dict, "param_groups": groups})
 
 
 def split_parameters(network):

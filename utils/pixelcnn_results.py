@@ -1,24 +1,29 @@
 """Likelihoods, samples, figures and final metrics of step 2."""
 
+import io
 import math
 import time
 from functools import partial
 
+import numpy as np
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 from models import ar_sampler
 from models.AR import ConditionalPixelCNN
 from models.common import IMAGE_SHAPE, NUM_CLASSES, NUM_PIXELS
-from utils import figures, files, machine, metrics, plotting
+from utils import files, machine, metrics, plotting
 from utils.data import binarize
-from utils.figures import COLUMNS, NUM_SAMPLES
 from utils.metrics import CHUNK, NUM_DRAWS, progress
+from utils.plotting import COLUMNS, NUM_SAMPLES
 
 DIGIT = 3  # in samples_digit.png, unless --digit names another
 NUM_COMPARED = 25  # images of each kind in comparison.png
 SURE = 0.9  # smallest probability of its class that leaves an image there without a frame
 PIXELS_A_FRAME = 14  # of drawing.gif
+GIF_PALETTE = Image.new("P", (1, 1))  # few greys make a small file
+GIF_PALETTE.putpalette(plotting.GREYS([*torch.linspace(0, 1, 16), math.nan], bytes=True)[:, :3].tobytes())
 ROWS_GIVEN = 14  # of the digits to be completed
 SEEN_FROM = (14, 3)  # row and column of the pixel whose receptive field is drawn
 NUM_TIMED = 8  # images by which the sampler is tried
@@ -58,12 +63,6 @@ def bits_per_pixel(nll):
     return nll / (NUM_PIXELS * math.log(2))  # nats per image
 
 
-def label_log_likelihoods(network, x):
-    """Return log p(x | y) for each label y, (N, 10) in nats; the largest belongs to the most likely label (Bayes)."""
-    labels = torch.arange(NUM_CLASSES, device=x.device).repeat(len(x), 1)
-    return torch.stack([-pixel_nll(network, x, each).sum((1, 2, 3)) for each in labels.T], 1)
-
-
 def receptive_field(network, x, labels, pixel):
     """Return the mean over images of |d logit / d x_j|, (28, 28), for the logit of one pixel and every x_j."""
     x = x.clone().requires_grad_()
@@ -99,8 +98,7 @@ def num_judged(network):
     started, few = time.perf_counter(), metrics.NUM_JUDGED_QUICKLY
     network(x, *y)
     minutes = few / NUM_TIMED * NUM_PIXELS * (time.perf_counter() - started) / 60
-    most = f"{few} samples, the most we judge, take {minutes:.1f} min"
-    machine.say(f"a pixel needs a pass of the whole network: {most}")
+    machine.say(f"a pixel needs a pass of the whole network: {few} samples to judge take {minutes:.1f} min")
     return few
 
 
@@ -113,10 +111,6 @@ def draw_losses(path, history, batches, how):
     test = f"test images ({before:.0f} before training)"
     curves = {"training images": history["train_nll"], test: [None, *after]}
     plotting.save_curves(path, history["epoch"], [(label, curves, {})])
-
-
-def first_of_each(labels):
-    return [(labels == label).nonzero()[0].item() for label in labels.unique()]
 
 
 def draw_samples(run, network, test_set, unconditional=None):
@@ -137,9 +131,9 @@ def draw_samples(run, network, test_set, unconditional=None):
     samples = draw(labels)
     names = range(NUM_CLASSES) if conditional and not args.count else ()
     run.draw("samples.png", plotting.save_images, samples, COLUMNS, names)
-    chosen = args.complete or first_of_each(test_labels)
+    chosen = args.complete or np.unique(test_labels.cpu(), return_index=True)[1]  # the first of each digit
     run.draw("completions.png", draw_completions, network, real[chosen], test_labels[chosen], noise)
-    shown = first_of_each(labels)
+    shown = np.unique(labels, return_index=True)[1]
     run.draw("drawing.gif", draw_drawing, network, samples[shown], labels[shown])
     if not conditional:
         return
@@ -153,16 +147,25 @@ def draw_samples(run, network, test_set, unconditional=None):
     run.draw("comparison.png", draw_comparison, grids, args.dataset)
 
 
+@plotting.our_style()
 @torch.no_grad()
 def draw_drawing(path, network, samples, labels):
-    """Draw how samples (N, 1, 28, 28) of labels (N,) appear pixel by pixel above the predicted probability of white."""
+    """Write a moving picture: samples (N, 1, 28, 28) of labels (N,) and the probabilities of white, pixel by pixel."""
     logits = network(*network_inputs(network, samples, labels.to(samples.device)))
     rows = torch.cat([samples.float(), logits.float().sigmoid()]).cpu()
-    counts = torch.arange(0, NUM_PIXELS + 1, PIXELS_A_FRAME)
-    drawn = torch.arange(NUM_PIXELS).reshape(28, 28) < counts.reshape(-1, 1, 1, 1, 1)
-    captions = [f"{count} of {NUM_PIXELS} pixels" for count in counts.tolist()]
-    frames = torch.where(drawn, rows, math.nan)  # (frames, 2 * N, 1, 28, 28)
-    figures.save_gif(path, frames, len(samples), captions, ["drawn", "probability of white"])
+    figure, frames = plotting.draw_images(rows, len(samples), ["drawn", "probability of white"]), []
+    for count in range(0, NUM_PIXELS + 1, PIXELS_A_FRAME):
+        drawn = torch.arange(NUM_PIXELS).reshape(IMAGE_SHAPE) < count
+        shown = torch.where(drawn, rows, math.nan)
+        figure.axes[0].images[0].set_data(plotting.grid_of(shown, len(samples)))
+        figure.axes[0].set_title(f"{count} of {NUM_PIXELS} pixels")
+        buffer = io.BytesIO()
+        figure.savefig(buffer, dpi=200)  # two dots per pixel of an image
+        frames.append(Image.open(buffer).convert("RGB").quantize(palette=GIF_PALETTE, dither=0))
+    buffer = io.BytesIO()
+    times = [150] * (len(frames) - 1) + [2000]  # milliseconds; the last frame stays
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)
+    files.write_atomically(path, buffer.getvalue())
 
 
 def draw_comparison(path, grids, dataset):
@@ -199,7 +202,7 @@ def write_metrics(run, network, train_set, test_set):
     totals, train_totals = (each.sum((2, 3, 4)) for each in (nll, train_nll))  # nats per image, (draws, N)
     run.draw("nll_map.png", plotting.save_map, nll.mean((0, 1, 2)), f"test NLL (nats per pixel, {how})")
     field = receptive_field(network, x[:100], labels[:100], SEEN_FROM)
-    run.draw("receptive_field.png", plotting.save_receptive_field, field, SEEN_FROM)
+    run.draw("receptive_field.png", plotting.save_map, field, "mean |d logit / d pixel|", SEEN_FROM)
     given = "x_1, ..., x_{i-1}" + (", y" if conditional else "")
     what = "nats per image", f"-sum_i log p(x_i | {given}), mean over images"
     bits = "bits per pixel", "test_nll / (784 log 2)"
@@ -252,8 +255,9 @@ def classifier_metrics(samples, real, conditional, dataset):
 def label_metrics(run, network, x, labels, protocol):
     """Return the metrics of a network as a classifier and as a mixture over labels, and the mixture's NLL, (N,)."""
     with machine.autocast(run.device, run.options["precision"]):
-        log_likelihoods = label_log_likelihoods(network, x)
-    guesses = log_likelihoods.argmax(1)
+        given_y = (pixel_nll(network, x, torch.full_like(labels, y)) for y in range(NUM_CLASSES))
+        log_likelihoods = -torch.stack([nll.sum((1, 2, 3)) for nll in given_y], 1)  # log p(x | y), (N, 10)
+    guesses = log_likelihoods.argmax(1)  # the most likely labels, by Bayes' rule
     run.draw("bayes.png", plotting.save_confusion, labels, guesses, "label with the highest log p(x|y)")
     mixture_nll = math.log(NUM_CLASSES) - log_likelihoods.logsumexp(1)
     precision = "in the precision of the training"

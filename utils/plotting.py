@@ -1,19 +1,111 @@
-"""The kinds of figure that the three steps and the ablations draw, each in a function that writes its file."""
+"""Figures: their look, their files, and the kinds that the steps and the ablations draw, each in a function.
 
+The user's settings of matplotlib change no figure, and drawing changes no setting: there is no pyplot, no backend.
+"""
+
+import contextlib
+import functools
+import io
 import math
+from pathlib import Path
+from statistics import NormalDist
 
+import matplotlib.style
 import numpy as np
 import torch
 from matplotlib.colors import ListedColormap, LogNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from torchvision.utils import make_grid
 
-from utils.figures import COLORS, COLUMNS, HALF, WIDTH, draw_images, new_figure, our_style, save
+from utils.files import write_atomically
 
+# Inches between the report's margins, and half of them. The report prints every figure in its own size.
+WIDTH, HALF = 6.6, 3.2
+# Okabe & Ito, "Color Universal Design", 2008.
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442"]
+STYLE = {
+    "axes.prop_cycle": matplotlib.cycler(color=COLORS[:3], linestyle=["-", "--", ":"]),  # differ in grey
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.titlesize": "medium",
+    "figure.dpi": 300,
+    "font.size": 8,  # These letters are as large as those of the report's captions.
+    "grid.alpha": 0.25,
+    "legend.edgecolor": "none",
+    "pdf.fonttype": 42,  # TrueType, since many publishers refuse Type 3
+    "savefig.bbox": "tight",  # no white margins
+    "savefig.pad_inches": 0.02,
+}
+COLUMNS = 10  # images in a row of most grids
+NUM_SAMPLES = 100  # images in samples.png, unless --count says otherwise
+GAP = 2  # pixels between two images of a grid
+GREYS = matplotlib.colormaps["gray"].with_extremes(bad=COLORS[5])  # for NaN
 # A colour for each digit: Paul Tol, "Colour Schemes", 2021, the scheme "muted", and orange.
-COLOR_CODES = "332288 CC6677 117733 DDCC77 88CCEE 882255 44AA99 999933 AA4499 EE7733"
-DIGIT_COLORS = [f"#{code}" for code in COLOR_CODES.split()]
+DIGIT_COLORS = "#332288 #CC6677 #117733 #DDCC77 #88CCEE #882255 #44AA99 #999933 #AA4499 #EE7733".split()
 MARKERS = "os^"  # for COLORS
 FEW_EPOCHS = 3  # of fewer there are no curves, and losses are drawn over the batches
+# A context, also a decorator, with these settings in place of those of the process.
+our_style = functools.partial(matplotlib.style.context, ["default", STYLE])
+
+
+@our_style()
+def save(figure, path, vector=True):
+    """Write the figure as PNG and, with `vector`, also as PDF for print. Equal figures give equal files."""
+    for suffix in (".png", ".pdf") if vector else (".png",):
+        buffer = io.BytesIO()
+        metadata = {"CreationDate": None} if suffix == ".pdf" else None
+        figure.savefig(buffer, format=suffix[1:], metadata=metadata)
+        write_atomically(Path(path).with_suffix(suffix), buffer.getvalue())
+
+
+@contextlib.contextmanager
+def new_figure(path, width, height, rows=1, columns=1, vector=True, **options):
+    """Give a figure (inches) and its axes to a `with` block that draws on them, then write the figure."""
+    with our_style():
+        figure = Figure(figsize=(width, height), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, hspace=0)
+        yield figure, figure.subplots(rows, columns, **options)
+        save(figure, path, vector)
+
+
+@our_style()
+def draw_images(images, columns, row_labels=(), title="", scale=0.3, axis=None, headings=(), marked=()):
+    """Draw a grid of images (N, 1, H, W) in [0, 1], or NaN, with `columns` images in a row, and return its figure.
+
+    Args:
+        row_labels, headings: a label for each row; columns by heading, where 0.5 is between the first two.
+        scale: inches per image in a new figure.
+        axis: where to draw, or None for a new figure that has exactly the size of the grid.
+        marked: indices of images that get a bright frame.
+    """
+    grid = grid_of(images, columns)
+    height, width = (length + GAP for length in images.shape[2:])  # pixels from one image to the next
+    if axis is None:
+        size = grid.shape[1] / width * scale, grid.shape[0] / height * scale
+        # Labels and title lie outside the figure. The tight bounding box of `save` includes them.
+        # Each pixel takes whole pixels of the file, of a large grid one, because each of them costs 100 bytes of memory.
+        zoom = math.ceil(300 * scale / width) if grid.size < 1_000_000 else 1
+        dpi = zoom * width / scale
+        axis = Figure(size, dpi=dpi, layout="none").add_axes((0, 0, 1, 1))
+    axis.imshow(grid, cmap=GREYS, vmin=0, vmax=1, interpolation="nearest")
+    axis.grid(False)
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0, labeltop=True, labelbottom=False)
+    axis.set_yticks([(row + 0.5) * height for row in range(len(row_labels))], row_labels)
+    axis.set_xticks([(column + 0.5) * width for column in dict(headings).values()], headings)
+    axis.set_title(title)
+    for index in marked:
+        corner = index % columns * width + 0.5, index // columns * height + 0.5
+        axis.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=COLORS[6], linewidth=2))
+    return axis.figure
+
+
+def grid_of(images, columns):
+    """Join images (N, 1, H, W) to one array, with grey between them."""
+    return make_grid(images.detach().float().cpu(), nrow=columns, padding=GAP, pad_value=0.5)[0].numpy()
 
 
 def save_images(path, images, columns, *labels, **options):
@@ -46,34 +138,16 @@ def save_grid_table(path, columns, images_across, row_labels=("",), marked=(), n
             axis.set_ylabel(label)
 
 
-def save_strips(path, strips, xlabel):
-    """Write a page of strips (name, x, curves by label, images)."""
-    size = WIDTH, min(0.36 * len(strips), 8.6) + 0.6  # all strips fit on a page
-    shared = dict(squeeze=False, sharex="col", sharey="col", width_ratios=[1, 3])
-    with new_figure(path, *size, len(strips), 2, **shared) as (figure, axes):
-        for (left, right), (name, x, curves, images) in zip(axes, strips):
-            for label, values in curves.items():
-                left.plot(x, values, linewidth=1, label=label)
-            left.tick_params(length=2, pad=1, labelleft=False)
-            left.set_ylabel(name, rotation=0, ha="right", va="center", labelpad=2)
-            draw_images(images, len(images), axis=right)
-        left.tick_params(labelleft=True)
-        left.set(xlabel=xlabel)
-        figure.align_ylabels(axes[:, 0])
-        figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=2)
-
-
 @our_style()
 def save_latent_plane(path, images, side):
     """Write images (side^2, 1, H, W) at quantiles of the prior as PNG: z_1 to the right, z_2 upwards."""
     figure = draw_images(images, side, scale=HALF / side * 0.9)
     axis = figure.axes[0]
     height, width = axis.images[0].get_size()
-    values = torch.tensor([-2, -1, -0.5, 0, 0.5, 1, 2])
-    below = torch.distributions.Normal(0.0, 1.0).cdf(values).numpy()  # part of the plane before each value
-    labels = [f"${value:g}$" for value in values.tolist()]
-    axis.set_xticks(below * width - 0.5, labels)
-    axis.set_yticks((1 - below) * height - 0.5, labels)
+    # The share of the plane before each value.
+    below = {f"${value}$": NormalDist().cdf(value) for value in (-2, -1, -0.5, 0, 0.5, 1, 2)}
+    axis.set_xticks([share * width - 0.5 for share in below.values()], below)
+    axis.set_yticks([(1 - share) * height - 0.5 for share in below.values()], below)
     axis.set(xlabel="$z_1$, quantiles of the prior", ylabel="$z_2$, quantiles of the prior")
     axis.tick_params(length=3, labeltop=False, labelbottom=True)
     save(figure, path, vector=False)
@@ -120,8 +194,7 @@ def save_curves(path, x, panels, xlabel="epoch", smooth=1, log=()):
 def save_batches(path, batches, ylabel, references):
     """Write the loss over the batches of a short training, a table with iteration and loss."""
     panel = ylabel, {"training batches": batches["loss"]}, references
-    smooth = 1 + len(batches["loss"]) // 20
-    save_curves(path, batches["iteration"], [panel], "batch", smooth)
+    save_curves(path, batches["iteration"], [panel], "batch", smooth=1 + len(batches["loss"]) // 20)
 
 
 def _set_logarithmic(axis, log):
@@ -152,43 +225,27 @@ def _running_means(x, values, width):
     return np.asarray(x)[len(window) - 1 :][counts > 0], sums[counts > 0] / counts[counts > 0]
 
 
-def save_map(path, values, label):
-    """Write a number for each pixel, (H, W), as colours with a scale."""
+def save_map(path, values, label, seen_from=None):
+    """Write a number for each pixel, (H, W), as colours with a scale.
+
+    With `seen_from`, row and column of a pixel, they are how much its prediction depends on each pixel. Earlier pixels
+    that it does not depend on, the blind spot, then have a colour of their own.
+    """
+    values = values.cpu().numpy()
     with new_figure(path, HALF, 2.4) as (_, axis):
-        _draw_map(axis, values.cpu().numpy(), label)
-
-
-def _draw_map(axis, values, label, **options):
-    image = axis.imshow(values, cmap="Blues", **options)
-    axis.figure.colorbar(image, ax=axis, label=label)
-    axis.grid(False)
-    axis.set(xlabel="column", ylabel="row")
-
-
-def save_receptive_field(path, sensitivity, pixel):
-    """Write the mean |d logit / d pixel|, (H, W), of the logit at `pixel`. The blind spot has a colour of its own."""
-    values = sensitivity.cpu().numpy()
-    values = np.where(values > 1e-5 * values.max(), values, 0)  # a GPU's rounding leaves 1e-7
-    earlier = np.arange(values.size).reshape(values.shape) < np.ravel_multi_index(pixel, values.shape)
-    with new_figure(path, HALF, 2.4) as (_, axis):
-        axis.imshow(np.where(earlier & (values == 0), 1, np.nan), cmap=ListedColormap([COLORS[1]]))
-        _draw_map(axis, values, "mean |d logit / d pixel|", norm=LogNorm())  # leaves out zeros
-        axis.plot(pixel[1], pixel[0], "x", color="black", label="predicted pixel")
-        axis.plot([], [], "s", color=COLORS[1], label="blind spot")
-        axis.legend(loc="lower right")
-
-
-def save_posterior(path, images, z, posterior, approximation, title):
-    """Write images (1, H, W) by label beside p(z|x) as colours and q(z|x) as lines, both on a square grid z (M^2, 2)."""
-    side = math.isqrt(len(z))
-    x, y, p, q = (each.reshape(side, side).cpu().numpy() for each in (*z.T, posterior, approximation))
-    with new_figure(path, WIDTH, 1.7, 1, 2, width_ratios=[2, 1]) as (_, (left, right)):
-        headings = {name: column for column, name in enumerate(images)}
-        draw_images(torch.stack([*images.values()]), len(images), axis=left, headings=headings)
-        right.pcolormesh(x, y, p, cmap="Blues", shading="nearest", rasterized=True)
-        right.contour(x, y, q, q.max() * np.exp([-2, -0.5]), colors=COLORS[1])
-        right.set(xlabel="$z_1$", ylabel="$z_2$", title=title)
-        right.set_aspect("equal")
+        if seen_from:
+            values = np.where(values > 1e-5 * values.max(), values, 0)  # a GPU's rounding leaves 1e-7
+            order = np.arange(values.size).reshape(values.shape)
+            blind = (order < order[seen_from]) & (values == 0)
+            axis.imshow(np.where(blind, 1, np.nan), cmap=ListedColormap([COLORS[1]]))
+            axis.plot(*reversed(seen_from), "x", color="black", label="predicted pixel")
+            axis.plot([], [], "s", color=COLORS[1], label="blind spot")
+            axis.legend(loc="lower right")
+        norm = LogNorm() if seen_from else None  # which leaves out zeros
+        image = axis.imshow(values, cmap="Blues", norm=norm)
+        axis.figure.colorbar(image, ax=axis, label=label)
+        axis.grid(False)
+        axis.set(xlabel="column", ylabel="row")
 
 
 def save_confusion(path, labels, guesses, xlabel):

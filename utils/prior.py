@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import nn
+from torch.distributions import MultivariateNormal
 from torch.nn import functional as F
 
 from utils import files, machine
@@ -29,13 +30,10 @@ class MixturePrior(nn.Module):
 
     def log_joint(self, features):
         """Return log p(k) + log p(z|k) of each component k, (N, num_components), from `_features` of z."""
-        z_size = self.means.shape[1]
-        i, j = torch.triu_indices(z_size, z_size)
-        inverses = torch.cholesky_inverse(self.factors)
-        linear = torch.einsum("kij,kj->ki", inverses, self.means)
-        log_scales = self.factors.diagonal(dim1=1, dim2=2).log().sum(1) + z_size / 2 * math.log(2 * math.pi)
-        constant = self.shares.log() - log_scales - (linear * self.means).sum(1) / 2
-        quadratic = -inverses[:, i, j] * torch.where(i == j, 0.5, 1.0)  # i < j stands for j < i as well
+        components = MultivariateNormal(self.means, scale_tril=self.factors)
+        constant = self.shares.log() + components.log_prob(torch.zeros_like(self.means))  # at z = 0
+        linear = (components.precision_matrix @ self.means.unsqueeze(2)).squeeze(2)
+        quadratic = components.precision_matrix.flatten(1) / -2
         return features @ torch.cat([constant.unsqueeze(1), linear, quadratic], 1).T
 
     def log_prob(self, z):
@@ -52,12 +50,9 @@ class MixturePrior(nn.Module):
 
     def maximize(self, moments):
         """Do the M-step of EM from the sums of `_features`, weighted by component: one row for each."""
-        z_size = self.means.shape[1]
-        i, j = torch.triu_indices(z_size, z_size)
-        counts, sums, products = moments.tensor_split([1, 1 + z_size], 1)
+        counts, sums, products = moments.tensor_split([1, 1 + self.means.shape[1]], 1)
         self.shares, self.means = counts.squeeze(1) / counts.sum(), sums / counts.clamp(min=1e-9)
-        scatters = torch.empty_like(self.factors)
-        scatters[:, i, j] = scatters[:, j, i] = products - sums[:, i] * self.means[:, j]
+        scatters = products.view_as(self.factors) - sums.unsqueeze(2) * self.means.unsqueeze(1)
         pooled = scatters.sum(0) / counts.sum()
         pooled.diagonal().add_(1e-6)  # or very few codes had a singular covariance
         covariances = (scatters + PSEUDO_CODES * pooled) / (counts.unsqueeze(2) + PSEUDO_CODES)
@@ -65,10 +60,9 @@ class MixturePrior(nn.Module):
 
 
 def _features(z):
-    """Return 1, z_i and z_i z_j for i <= j, in which the log-density of a Gaussian is linear."""
+    """Return 1, z_i and z_i z_j, in which the log-density of a Gaussian is linear: (N, 1 + z_size + z_size^2)."""
     z = z.cpu().double()
-    products = [z[:, i : i + 1] * z[:, i:] for i in range(z.shape[1])]
-    return torch.cat([torch.ones_like(z[:, :1]), z, *products], 1)
+    return torch.cat([torch.ones_like(z[:, :1]), z, (z.unsqueeze(2) * z.unsqueeze(1)).flatten(1)], 1)
 
 
 def fit_mixture(codes, num_components):
@@ -83,12 +77,10 @@ def fit_mixture(codes, num_components):
     for _ in range(EM_STEPS):
         prior.maximize(moments)
         log_prob, moments = 0, 0
-        for block in codes.split(BLOCK):
-            features = _features(block)
+        for features in map(_features, codes.split(BLOCK)):
             log_joint = prior.log_joint(features)
-            log_probs = log_joint.logsumexp(1, keepdim=True)
-            log_prob += log_probs.sum().item() / len(codes)
-            moments += (log_joint - log_probs).exp().T @ features
+            log_prob += log_joint.logsumexp(1).sum().item() / len(codes)
+            moments += log_joint.softmax(1).T @ features
         if log_prob < last + MIN_GAIN:
             break
         last = log_prob
@@ -96,19 +88,15 @@ def fit_mixture(codes, num_components):
 
 
 def fit_prior(codes, held_out_codes, numbers=NUMBERS):
-    """Fit a mixture to all codes, with the number of components for which held-out codes are most likely.
+    """Fit a mixture to all codes, with the number of components by which held-out codes are most likely.
 
-    The number is chosen by fits to `codes` (N, z_size) alone.
-
-    Returns:
-        The prior, and {number: mean log-density of the held-out codes in nats}.
+    The number is chosen by fits to `codes` (N, z_size) alone. The second result is {number: mean log-density of the
+    held-out codes in nats}.
     """
     codes, held_out_codes = codes.cpu(), held_out_codes.cpu()
-    densities = {}
-    for number in numbers:
-        densities[number] = fit_mixture(codes, number).log_prob(held_out_codes).mean().item()
-    number = max(densities, key=densities.get)
-    return fit_mixture(torch.cat([codes, held_out_codes]), number), densities
+    densities = {each: fit_mixture(codes, each).log_prob(held_out_codes).mean().item() for each in numbers}
+    best = max(densities, key=densities.get)
+    return fit_mixture(torch.cat([codes, held_out_codes]), best), densities
 
 
 @torch.no_grad()

@@ -3,22 +3,21 @@
 import math
 from functools import partial
 
+import numpy as np
 import torch
 
 from models.common import IMAGE_SHAPE
 from models.VAE import loss_terms
-from utils import figures, files, machine, metrics, plotting
+from utils import files, machine, metrics, plotting
 from utils.data import binarize, to_unit
-from utils.figures import COLUMNS, NUM_SAMPLES
 from utils.likelihoods import importance_bounds, plane_log_likelihood, plane_posteriors
 from utils.metrics import CHUNK, NUM_DRAWS
+from utils.plotting import COLUMNS, NUM_SAMPLES
 from utils.prior import draw_codes
 
 PLANE_SIDE = 15
-SNAPSHOT_SIDE = 10  # of the latent plane that is kept after an epoch, for training.gif
 WALK_FROM, WALK_TO = (1, 7), (0, 6)  # digits
 WALK_STEPS = 12
-NUM_POSTERIORS = 200  # test images among which posterior.png shows the one with the largest gap
 # Means over images and draws.
 FORMULAS = dict(
     negative_elbo="-log p(x|z) + KL(q(z|x) || p(z)), one z for each image and draw",
@@ -39,21 +38,17 @@ PROTOCOLS = {
 @torch.no_grad()
 def evaluate(model, x, batch_size=1000):
     """Return reconstruction term and KL in nats, means over images x in [0, 1] with one draw of z for each."""
-    totals, x = torch.zeros(2), as_inputs(model, x)
-    for chunk in x.split(batch_size):
+    totals = torch.zeros(2)
+    for chunk in x.flatten(1).to(next(model.parameters())).split(batch_size):
         totals += len(chunk) * torch.stack(loss_terms(model, chunk)).cpu()
     return (totals / len(x)).tolist()
-
-
-def as_inputs(model, x):
-    """Return images x (N, 1, 28, 28) as the encoder takes them, (N, 784) in the precision of the weights."""
-    return x.flatten(1).to(next(model.parameters()))
 
 
 @torch.no_grad()
 def posterior_means(model, images):
     """Return the mean of q(z|x) for grey uint8 images (N, 1, 28, 28): (N, z_size)."""
-    return torch.cat([model.encode(as_inputs(model, to_unit(chunk)))[0] for chunk in images.split(CHUNK)])
+    x = to_unit(images).flatten(1).to(next(model.parameters()))
+    return torch.cat([model.encode(chunk)[0] for chunk in x.split(CHUNK)])
 
 
 @torch.no_grad()
@@ -82,26 +77,18 @@ def decode_plane(model, side):
     return decode_images(model, z.to(next(model.parameters())))
 
 
-def draw_latent_plane(path, model, side=PLANE_SIDE):
-    """Draw the latent plane, decoded at side x side quantiles of the prior."""
-    plotting.save_latent_plane(path, decode_plane(model, side), side)
-
-
 def draw_losses(path, history, batches):
-    """Draw the negative ELBO and its terms over the epochs, of a short training its loss over the batches.
-
-    The much larger values before the training are left out.
-    """
+    """Draw the negative ELBO and its terms over the epochs, of a short training its loss over the batches."""
     if history["epoch"][-1] < plotting.FEW_EPOCHS:
         end = {"negative ELBO of test images at the end": -history["test_elbo"][-1]}
         return plotting.save_batches(path, batches, "loss (nats per image)", end)
     labels = {"elbo": "negative ELBO", "reconstruction": r"$-\log p(x|z)$", "kl": r"KL$(q(z|x) \,\|\, p(z))$"}
-    panels = []
+    panels = []  # without the much larger values before the training
     for term, label in labels.items():
         keys = {"training images": f"train_{term}", "test images": f"test_{term}"}
-        curves = {name: [None, *map(abs, history[key][1:])] for name, key in keys.items()}
+        curves = {name: [*map(abs, history[key][1:])] for name, key in keys.items()}
         panels.append((f"{label} (nats)", curves, {}))
-    plotting.save_curves(path, history["epoch"], panels, log=["epoch"])
+    plotting.save_curves(path, history["epoch"][1:], panels, log=["epoch"])
 
 
 def draw_figures(run, model, images, labels, prior=None):
@@ -113,29 +100,22 @@ def draw_figures(run, model, images, labels, prior=None):
     sample = partial(sample_images, model, prior=prior if run.args.prior == "fitted" else None)
     samples = metrics.draw_in_chunks(sample, run.args.count or NUM_SAMPLES, noise)
     run.draw("samples.png", plotting.save_images, samples, COLUMNS)
-    run.draw("latent_plane.png", draw_latent_plane, model)
+    run.draw("latent_plane.png", plotting.save_latent_plane, decode_plane(model, PLANE_SIDE), PLANE_SIDE)
     if prior:
-        run.draw("priors.png", draw_priors, model, prior, images)
+        columns = {
+            "prior N(0, I)": [sample_images(model, 64)],
+            "fitted prior": [sample_images(model, 64, prior=prior)],
+            "codes of test images": [decode_images(model, draw_codes(model, images[:64]))],
+        }
+        run.draw("priors.png", plotting.save_grid_table, columns, 8)
     means, few = posterior_means(model, images), slice(2 * COLUMNS)
     pairs = dict(original=to_unit(images[few]), reconstruction=decode_images(model, means[few]))
     run.draw("reconstructions.png", plotting.save_rows, pairs)
     run.draw("walk.png", draw_walk, model, images, labels, means)
     if model.z_size == 2:
-        run.draw("posterior.png", draw_posterior, model, images[:NUM_POSTERIORS])
-    if run.snapshots:
-        run.draw("training.gif", figures.save_training_gif, run.snapshots, SNAPSHOT_SIDE)
+        run.draw("posterior.png", draw_posterior, model, images[:200])
     title = "posterior means of the test digits"
     run.draw("latent_means.png", plotting.save_scatter, means[:, :2].cpu(), labels.cpu(), title)
-
-
-def draw_priors(path, model, prior, images):
-    """Draw images of the prior N(0, I), of the fitted prior, and of codes of test images."""
-    columns = {
-        "prior N(0, I)": [sample_images(model, 64)],
-        "fitted prior": [sample_images(model, 64, prior=prior)],
-        "codes of test images": [decode_images(model, draw_codes(model, images[:64]))],
-    }
-    plotting.save_grid_table(path, columns, images_across=8)
 
 
 @torch.no_grad()
@@ -162,9 +142,16 @@ def draw_posterior(path, model, images):
     low, high = likely.amin(0) - 0.05, likely.amax(0) + 0.05
     z, (log_p,), (log_q,) = plane_posteriors(model, x[worst, None], low.tolist(), high.tolist())
     peaks = decode_images(model, torch.stack([z[log_q.argmax()], z[log_p.argmax()]]))
-    shown = {"image": x[worst], "at the mean of q": peaks[0], "at the peak of p": peaks[1]}
+    side = math.isqrt(len(z))
+    z_1, z_2, p, q = (each.reshape(side, side).cpu().numpy() for each in (*z.T, log_p.exp(), log_q.exp()))
     title = f"$p(z|x)$ blue, $q(z|x)$ orange; gap {gaps[worst].item():.0f} nats, median {gaps.median().item():.1f}"
-    plotting.save_posterior(path, shown, z, log_p.exp(), log_q.exp(), title)
+    with plotting.new_figure(path, plotting.WIDTH, 1.7, 1, 2, width_ratios=[2, 1]) as (_, (left, right)):
+        headings = {"image": 0, "at the mean of q": 1, "at the peak of p": 2}
+        plotting.draw_images(torch.cat([x[worst, None], peaks]), 3, axis=left, headings=headings)
+        right.pcolormesh(z_1, z_2, p, cmap="Blues", shading="nearest", rasterized=True)
+        right.contour(z_1, z_2, q, q.max() * np.exp([-2, -0.5]), colors=plotting.COLORS[1])
+        right.set(xlabel="$z_1$", ylabel="$z_2$", title=title)
+        right.set_aspect("equal")
 
 
 def typical(means, labels, digit):
@@ -193,21 +180,20 @@ def draw_ablation(folder, folders, variants, load_model):
 
 def write_metrics(run, model, train_set, test_set, prior=None, results=()):
     """Write metrics.json; `results` are entries of the fitted prior."""
-    thorough = not run.args.held_out  # a run to choose by leaves out what takes long and is not chosen by
     sizes, results = dict(train_images=len(train_set[0]), test_images=len(test_set[0])), dict(results)
-    for how in PROTOCOLS if thorough else ("stochastic",):
+    # A run to choose by leaves out what takes long and is not chosen by.
+    for how in ("stochastic",) if run.args.held_out else PROTOCOLS:
         machine.say(f"bounds of log p(x), pixels {PROTOCOLS[how][1]}")
         with machine.seeded(run.device):
             results |= bounds(run, model, test_set[0], how, sizes, prior)
     machine.say("nearest neighbours, and the quality of samples")
-    results |= representation_metrics(model, train_set, test_set, thorough, run.args.dataset, sizes)
+    results |= representation_metrics(run, model, train_set, test_set, sizes)
     samples, quality = metrics.judge_sampler(run, partial(sample_images, model))
     results |= quality
     if prior:
-        fitted = sample_images(model, len(samples), prior=prior)
-        codes = decode_images(model, draw_codes(model, train_set[0][: len(samples)]))
-        for name, images in (("_fitted", fitted), ("_codes", codes)):
-            results |= metrics.judge_thresholded(run, images.cpu(), name)
+        codes = draw_codes(model, train_set[0][: len(samples)])
+        results |= metrics.judge_thresholded(run, sample_images(model, len(samples), prior=prior), "_fitted")
+        results |= metrics.judge_thresholded(run, decode_images(model, codes), "_codes")
     run.finish(("test_negative_elbo", "test_bound", "frechet_distance"), **results)
 
 
@@ -218,36 +204,31 @@ def bounds(run, model, images, how, sizes, prior=None):
     with other latent spaces see the same.
     """
     suffix, kind = PROTOCOLS[how]
-    trained = run.images_seen >= 10 * sizes["train_images"]  # a short training has a short evaluation
-    num_samples, spacing = (5, 0.2) if run.args.dry_run else (500, 0.04) if trained else (20, 0.1)
-    num_samples = run.args.bound_samples or num_samples
     pixels, noise = (torch.Generator().manual_seed(seed) for seed in (0, 1))
-    priors = {"bound": None, "bound_fitted": prior} if prior else {"bound": None}
-    draws, per_image, drawn = [], [], []
-    for _ in range(NUM_DRAWS):
-        x = binarize(images, how, pixels)
-        reconstruction, kl = evaluate(model, x)
-        terms = dict(negative_elbo=reconstruction + kl, reconstruction=reconstruction, kl=kl)
-        if how == "stochastic":
-            drawn.append(x)
-            per_image.append(-importance_bounds(model, x, num_samples, noise, [*priors.values()]))
-            terms |= zip(priors, per_image[-1].mean(1).tolist())
-            if model.z_size == 2 and not run.args.held_out:
-                terms["nll"] = -plane_log_likelihood(model, x, spacing).mean().item()
-        draws.append(terms)
-    if drawn:
-        metrics.save_per_image(run.folder, torch.cat(drawn), dict(zip(priors, torch.stack(per_image, 1))))
-    more = dict(pixels=kind, draws=NUM_DRAWS, **sizes)
-    settings = dict.fromkeys(priors, dict(samples=num_samples)) | dict(nll=dict(grid_spacing=spacing))
-    results = {}
-    for name in draws[0]:
-        values = torch.tensor([terms[name] for terms in draws], dtype=torch.float64)
+    draws = [binarize(images, how, pixels) for _ in range(NUM_DRAWS)]
+    reconstruction, kl = torch.tensor([evaluate(model, x) for x in draws], dtype=torch.float64).T
+    values, settings = dict(negative_elbo=reconstruction + kl, reconstruction=reconstruction, kl=kl), {}
+    if how == "stochastic":
+        trained = run.images_seen >= 10 * sizes["train_images"]  # a short training has a short evaluation
+        num_samples, spacing = (5, 0.2) if run.args.dry_run else (500, 0.04) if trained else (20, 0.1)
+        num_samples = run.args.bound_samples or num_samples
+        priors = {"bound": None, "bound_fitted": prior} if prior else {"bound": None}
+        closer = [-importance_bounds(model, x, num_samples, noise, [*priors.values()]) for x in draws]
+        per_image = dict(zip(priors, torch.stack(closer, 1)))  # (draws, N) each
+        metrics.save_per_image(run.folder, torch.cat(draws), per_image)
+        values |= {name: each.mean(1) for name, each in per_image.items()}
+        settings = {name: dict(samples=num_samples) for name in priors}
+        if model.z_size == 2 and not run.args.held_out:
+            values["nll"] = torch.stack([-plane_log_likelihood(model, x, spacing).mean() for x in draws])
+            settings["nll"] = dict(grid_spacing=spacing)
+    results, more = {}, dict(pixels=kind, draws=NUM_DRAWS, **sizes)
+    for name, each in values.items():
         protocol = {**settings.get(name, {}), **more}
-        results[f"test_{name}{suffix}"] = files.metric(values, "nats per image", FORMULAS[name], **protocol)
+        results[f"test_{name}{suffix}"] = files.metric(each, "nats per image", FORMULAS[name], **protocol)
     return results
 
 
-def representation_metrics(model, train_set, test_set, thorough, dataset, sizes):
+def representation_metrics(run, model, train_set, test_set, sizes):
     """Return what the posterior means keep: latent dimensions in use, the label by nearest neighbour and classifier."""
     (train_images, train_labels), (images, labels) = train_set, test_set
     means, train_means = posterior_means(model, images), posterior_means(model, train_images)
@@ -256,14 +237,15 @@ def representation_metrics(model, train_set, test_set, thorough, dataset, sizes)
     active = (means.var(0) > 0.01).sum().item()  # Burda et al. 2016, arXiv 1509.00519, section 5.2
     results = {"active_units": files.metric(float(active), unit, formula, **sizes)}
     spaces = {"": ("posterior means, of grey images", means, train_means)}
-    if thorough:
+    if not run.args.held_out:
         spaces["_pixels"] = ("grey pixels", to_unit(images), to_unit(train_images))
     for suffix, (what, points, references) in spaces.items():
         correct = train_labels[metrics.nearest(points, references)] == labels
         formula = f"the nearest training image has the same label, by Euclidean distance of {what}"
         results[f"neighbour_accuracy{suffix}"] = files.metric(correct, share, formula, **sizes)
-    if metrics.has_classifier(dataset):
-        correct = metrics.probabilities(decode_images(model, means), dataset).argmax(1) == labels.cpu()
+    if metrics.has_classifier(run.args.dataset):
+        of_class = metrics.probabilities(decode_images(model, means), run.args.dataset)
         formula = "the digit classifier sees the label in the image decoded from the posterior mean"
+        correct = of_class.argmax(1) == labels.cpu()
         results["reconstruction_accuracy"] = files.metric(correct, share, formula, **sizes)
     return results

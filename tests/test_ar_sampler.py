@@ -104,6 +104,14 @@ class Unmasked(PixelCNN):
         self.blocks[1][0] = nn.Conv2d(5, 5, 3, padding=1)
 
 
+class OpenMask(PixelCNN):
+    """With a mask that shows one later pixel."""
+
+    def __init__(self, **architecture):
+        super().__init__(**architecture)
+        self.blocks[0][0].mask[2, 1, -1, 0] = 1
+
+
 class Shifted(PixelCNN):
     """With features that are moved down by a row in `logits`, as gated PixelCNNs do."""
 
@@ -122,7 +130,7 @@ class Dilated(PixelCNN):
         return layer
 
 
-@pytest.mark.parametrize("network_class", [Unmasked, Shifted, Dilated])
+@pytest.mark.parametrize("network_class", [Unmasked, OpenMask, Shifted, Dilated])
 def test_the_plain_loop_draws_what_the_cache_cannot(network_class):
     network = build(network_class, head_channels=5)
     nn.init.normal_(network.head[-1].weight, std=3)

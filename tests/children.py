@@ -56,7 +56,6 @@ def ablate(name, flags):
     sys.exit(STEPS[name].main([*map(str, flags)]))
 
 
-# ---------------------------------------------------------------------------------------------------------
 # Hooks: how long it takes
 
 
@@ -104,7 +103,6 @@ def join_as(rank, port):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
 
 
-# ---------------------------------------------------------------------------------------------------------
 # Hooks: what goes wrong
 
 

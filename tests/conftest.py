@@ -37,7 +37,6 @@ def _seed():
     torch.manual_seed(0)
 
 
-# ---------------------------------------------------------------------------------------------------------
 # What several tests compare
 
 
@@ -103,7 +102,6 @@ def assert_same_run(first, second):
     assert not [*first.glob("*.tmp"), *second.glob("*.tmp")]
 
 
-# ---------------------------------------------------------------------------------------------------------
 # Three ways to run a step: an interpreter of its own, a copy of a prepared process, and this process
 
 
@@ -229,7 +227,6 @@ def folder_of(monkeypatch):
     return folder
 
 
-# ---------------------------------------------------------------------------------------------------------
 # Shorter runs
 
 

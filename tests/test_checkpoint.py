@@ -82,7 +82,6 @@ def test_a_hang_up_is_ignored_under_nohup(start, trained, tmp_path):
     assert_same_run(tmp_path, trained["vae"])
 
 
-# ---------------------------------------------------------------------------------------------------------
 # The files of a run
 
 
@@ -131,7 +130,6 @@ def test_a_folder_of_something_else_is_refused(file, call_step, bare_steps, trai
     assert call_step(step3, *flags_of("vae", tmp_path, "--restart")).returncode == 0
 
 
-# ---------------------------------------------------------------------------------------------------------
 # Other flags
 
 

@@ -23,7 +23,6 @@ SCRIPTS = [step1, step2, step3]
 RESULTS = ROOT / "results"
 
 
-# ---------------------------------------------------------------------------------------------------------
 # Variants
 
 
@@ -60,7 +59,6 @@ def test_a_mistake_in_a_variant_is_named_before_anything_trains(call_step, monke
     assert not (tmp_path / "out").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------
 # Folders
 
 GAN, PIXELCNN, VAE = (RESULTS / name for name in ("step1_gan", "step2_pixelcnn", "step3_vae"))
@@ -111,7 +109,6 @@ def test_folders_that_cannot_be_used(call_step, bare_steps, tmp_path):
     assert_refused(call_step(step3, "--dry-run", "--out-dir=~nobody-of-this-name/x"), "--out-dir")
 
 
-# ---------------------------------------------------------------------------------------------------------
 # Exit codes, and calls from Python
 
 

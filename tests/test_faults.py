@@ -55,7 +55,6 @@ def whole(start, tmp_path_factory):
     return run
 
 
-# ---------------------------------------------------------------------------------------------------------
 # Stopped
 
 
@@ -137,7 +136,6 @@ def test_a_second_run_into_the_same_folder_is_refused(call_step, bare_steps, tmp
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
-# ---------------------------------------------------------------------------------------------------------
 # Files that cannot be written
 
 
@@ -197,7 +195,6 @@ def test_samples_that_cannot_be_written(disk, call_step, trained):
     assert "samples.png could not be written" in done.stderr.splitlines()[-1]
 
 
-# ---------------------------------------------------------------------------------------------------------
 # Streams and platforms
 
 TRAIN = "import sys; from tests import children; children.train('vae', sys.argv[1:], children.draw_nothing)"

@@ -89,7 +89,6 @@ def test_the_handouts_generator_is_sampled_as_ours():
     sample, noise = gan_results.sample_images, torch.Generator()
     samples = [sample(each, 30, noise.manual_seed(3)) for each in (ours, textbook)]
     assert samples[0].shape == (30, 1, 28, 28) and torch.equal(*samples)
-    assert torch.equal(sample(textbook, 4), sample(textbook, 4))
 
 
 @pytest.mark.parametrize("last", [0, 1, 2, 5, 50])

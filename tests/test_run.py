@@ -17,7 +17,6 @@ from utils.run import Run
 
 JUDGE = metrics.judge_sampler
 
-# ---------------------------------------------------------------------------------------------------------
 # Files
 
 
@@ -101,7 +100,6 @@ def test_a_run_without_the_classifier_finishes(name, call_step, bare_steps, monk
     assert "frechet_distance" not in files.read_json(tmp_path / "metrics.json")
 
 
-# ---------------------------------------------------------------------------------------------------------
 # Numbers that are not finite, and other trainings
 
 
@@ -167,7 +165,6 @@ def test_minutes_limit_the_training(call_step, bare_steps, monkeypatch, tmp_path
     assert schedule["last_epoch"] == 22 and max(schedule["_last_lr"]) < 1e-6
 
 
-# ---------------------------------------------------------------------------------------------------------
 # The loop's helpers
 
 

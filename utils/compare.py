@@ -155,7 +155,6 @@ def main(argv=None):
         if len({step[:5] for step in steps}) > 1:
             raise UserError(f"the runs are of {', '.join(steps)}: name runs of one step")
         machine.say("\n".join(report(runs)))
-        files.make_folder(args.out_dir)
         try:
             draw(args.out_dir / "compare.png", runs)
         except OSError as error:  # tables of runs to choose by are kept without their losses and samples

@@ -34,12 +34,6 @@ def _writing(path):
         raise UserError(f"{path} cannot be written ({error.strerror}): name another --out-dir") from None
 
 
-def make_folder(folder):
-    """Make the folder and its parents where they are missing; raise UserError if that fails."""
-    with _writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-
-
 def write_atomically(path, content):
     """Write bytes through a temporary file, so that `path` is always the whole old or the whole new file."""
     temporary = path.with_name(path.name + ".tmp")
@@ -117,8 +111,8 @@ def metric(value, unit, formula, **more):
 
 def lock(folder):
     """Make and lock the folder, or raise UserError. Return the open lock file, whose closing ends the lock."""
-    make_folder(folder)
     with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "a")
     try:
         if fcntl:

@@ -21,7 +21,7 @@ REPORT = ROOT / "report" / "report.pdf"
 # The archive has the files of these kinds, wherever they lie, but nothing hidden, no experiments, no other
 # data sets, no report, no choice of its runs and no earlier hand-in.
 KINDS = "LICENSE .py .ipynb .md .txt .ini .gz .pt .npz .json .csv .png .pdf .gif".split()
-LEFT_OUT = ".* __pycache__ venv runs seeds ablation checkpoint.pt ?*MNIST".split()
+LEFT_OUT = ".* __pycache__ venv runs seeds ablation checkpoint.pt compare.png ?*MNIST".split()
 LEFT_OUT += "report.pdf skeleton.pdf runs.json *_EE8520_F25.pdf".split()
 NAME = r'[^-. <>:"/\\|?*][^<>:"/\\|?*]{,39}'  # which can begin a file's name on every system
 

@@ -203,7 +203,9 @@ def main(argv=None):
             name, _, folder = text.partition("=")
             path = os.path.relpath(Path(folder).expanduser(), ROOT)
             if not is_run(name, ROOT / path):
-                parser.error(f"{text!r}: {what}, FOLDER has a run of that step or ablation.csv")
+                parser.exit(
+                    2, f"make_numbers.py: {text!r}: {what}, FOLDER has a run of that step or ablation.csv\n"
+                )
             choice[name] = Path(path).as_posix()
         kept.write_text(json.dumps(choice, indent=2) + "\n")
     for name, text in make_files(document).items():

@@ -76,7 +76,7 @@ FOLDERS = [
     (step1, "--variant no-dropout --dropout 0.1", GAN / "variants/no-dropout/runs/dropout=0.1"),
     (step2, "--muon-rate none --no-positional", PIXELCNN / "runs/muon_rate=none,positional=false"),
     (step3, "--bound-samples 50", VAE / "runs/bound_samples=50"),
-    (step2, "--sample-only --digit 7 --count 20", PIXELCNN / "runs/digit=7,count=20,sample_only"),
+    (step2, "--sample-only --count 20", PIXELCNN / "runs/count=20,sample_only"),
     # Numbers that look alike have folders of their own.
     (step3, "--learning-rate 1e-3", VAE / "runs/learning_rate=0.001"),
     (step3, "--learning-rate 1.0000001e-3", VAE / "runs/learning_rate=0.0010000001"),

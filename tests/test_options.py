@@ -99,7 +99,7 @@ def test_help_has_every_flag(call_step):
 BAD_USAGE = {
     step1: "--epochs 0 | --seed -1 | --device tpu | --dropout 1.5 | --g-channels | --g-channels 64 x | --loss x"
     "| --count 5001 | --dataset CIFAR10 | --out-dir= | --minutes 0",
-    step2: "--digit 10 | --kernel-size 4 | --muon-rate never | --no-positional=1 | --complete -1",
+    step2: "--digit 10 | --kernel-size 4 | --muon-rate never | --no-positional=1 | --complete -1 | --digit 7",
     step3: "--bound-samples 0 | --kl-coeff nan | --hidden-dims 64 0 | --learning-rate inf",
 }
 

@@ -192,6 +192,11 @@ def write_table(path, folders):
             values = [each[key]["value"] for each in of_seeds if key in each]
             row[f"{key}_mean"] = statistics.fmean(values) if values else None
             row[f"{key}_std"] = statistics.stdev(values) if len(values) > 1 else None
-    text = files.csv_text(rows)
-    files.write_atomically(path, text.encode())
-    machine.say(f"{text}\nthis table is in {path}")
+    files.write_atomically(path, files.csv_text(rows).encode())
+    shown = [["seeds", *(str(row["seeds"]) for row in rows)]]
+    for key in results[0][0]:
+        pairs = [(row[f"{key}_mean"], row[f"{key}_std"]) for row in rows]
+        shown.append(
+            [key, *(" ± ".join(f"{each:.4g}" for each in pair if each is not None) for pair in pairs)]
+        )
+    machine.say(f"{files.aligned([['metric', *folders], *shown])}\nthis table is in {path}")

@@ -102,6 +102,7 @@ def refuse_contradictions(parser, args, step):
         "--model needs --sample-only: training begins from new weights": args.model and not draws,
         "--minutes is not allowed with --epochs": args.minutes and "num_epochs" in args,
         "--complete needs --sample-only": getattr(args, "complete", None) and not draws,
+        "--digit needs --conditional": getattr(args, "digit", None) is not None and not args.conditional,
         "there is nothing to draw: leave out --sample-only": draws and not hasattr(step, "sample"),
         "--sample-only draws one run: leave out --ablation and --seeds": several and draws,
         "this takes one process: start it with python, not with torchrun": shares and not may_share,

@@ -6,6 +6,7 @@ beside them, into compare.png. Without a folder it lists the runs of each step.
 """
 
 import os
+import re
 import statistics
 import sys
 import zipfile
@@ -106,15 +107,22 @@ def report(runs):
         changed = [f"{key}={value}" for key, value in run.options.items() if theirs.get(key) != value]
         length = f"seeds: {len(run.folders)}, {run.images_seen:,} training images seen, {minutes:.1f} min"
         yield f"[{number}] {run.path} ({length}): {', '.join(changed) or run.step}"
+    table = [["metric", *(text for n in range(len(runs)) for text in (f"[{n}]", f"[{n}] - [0]"))]]
     for name, entry in reference.metrics[0].items():
         if name == "test_bits":  # the NLL in other units
             continue
-        cells = [f"{name.replace('_', ' ')}, {entry['unit']}:"]
-        for number, run in enumerate(runs):
-            if run.values(name):
-                beside = f" ({verdict(run, reference, name)})" if number else ""
-                cells.append(f"[{number}] {statistics.fmean(run.values(name)):.5g}{beside}")
-        yield "  ".join(cells)
+        cells = [f"{name.replace('_', ' ')} ({entry['unit']})"]
+        for run in runs:
+            cells += [value(run, name), verdict(run, reference, name)] if run.values(name) else ["", ""]
+        table.append(cells)
+    yield files.aligned([[*row[:2], *row[3:]] for row in table])
+
+
+def value(run, name):
+    """Return a metric as text, with its standard error or, of several seeds, their standard deviation."""
+    values, error = run.values(name), run.metrics[0].get(name, {}).get("standard_error")
+    error = statistics.stdev(values) if len(values) > 1 else error
+    return f"{statistics.fmean(values):.5g}" + (f" ± {error:.2g}" if error else "")
 
 
 def draw(path, runs):
@@ -127,7 +135,7 @@ def draw(path, runs):
                 if row["epoch"]:  # the loss before the training would hide the others
                     losses.setdefault(row["epoch"], []).append(abs(row[column]))
             label = f"[{number}] {run.path.name}"
-            axes[0].plot([*losses], [*map(statistics.fmean, losses.values())], label=label)
+            axes[0].plot([*losses], [*map(statistics.fmean, losses.values())], marker=".", label=label)
             axis.imshow(Image.open(run.folders[0] / "samples.png"))
             axis.set_title(f"[{number}]")
             axis.axis("off")
@@ -148,8 +156,8 @@ def main(argv=None):
         runs = [Compared(path) for path in args.runs]
         steps = sorted({run.step for run in runs})
         if not runs:
-            for path in sorted((ROOT / "results").glob("step*/**/metrics.json")):
-                if "ablation" not in path.parts:
+            for path in sorted((ROOT / "results").rglob("metrics.json")):
+                if not re.search("/(ablation|seeds|benchmark|classifier|malformed)", path.as_posix()):
                     machine.say(os.path.relpath(path.parent))
             return
         if len({step[:5] for step in steps}) > 1:

@@ -78,6 +78,12 @@ def csv_text(rows):
     return text.getvalue()
 
 
+def aligned(rows):
+    """Write rows of texts as lines with columns that stand below one another."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
 def read_columns(text):
     """Read the text of a CSV file as lists by the name of the column: numbers as floats, empty cells as None."""
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch.nn import functional as F
 
-from utils.metrics import progress
+from utils.machine import progress
 
 NUM_DECODED = 4000  # latent vectors decoded at once, of one image at least; this bounds the memory
 

@@ -15,6 +15,8 @@ import torch
 
 from utils.files import UserError
 
+SILENCE = 6  # seconds without a line; an item of `progress` takes less
+_last_line = time.perf_counter()  # when the last one was printed
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # that ask for an end; Windows lacks some
 
 
@@ -136,9 +138,18 @@ def open_streams():
             stream.reconfigure(errors="backslashreplace")
 
 
+def progress(items, what):
+    """Yield the items of a list; say which share of them is done where nothing was printed for SILENCE seconds."""
+    for done, item in enumerate(items):
+        if done and time.perf_counter() > _last_line + SILENCE:
+            say(f"  {what}: {done / len(items):.0%}")
+        yield item
+
+
 def say(*words, file=None):
     """Print a line. A closed pipe or a full disk ends no run."""
-    stream = file or sys.stdout
+    global _last_line
+    stream, _last_line = file or sys.stdout, time.perf_counter()
     try:
         with contextlib.suppress(ValueError):  # the stream is closed
             print(*words, file=stream, flush=True)

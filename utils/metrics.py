@@ -19,6 +19,7 @@ from models.common import IMAGE_SHAPE, NUM_CLASSES, checked
 from utils import files, machine
 from utils.data import DATASETS, NUM_HELD_OUT, binarize, load_data
 from utils.files import ROOT
+from utils.machine import progress
 
 CLASSIFIER_STEP = "classifier"
 NUM_JUDGED = 10_000  # samples, as many as there are test images
@@ -30,17 +31,6 @@ ONE_SCALE = ("frechet_distance", "classifier_score", "precision", "recall", "cov
 NUM_SIGMA_IMAGES = 1000  # held-out images that choose the Parzen window's width
 SIGMAS = torch.logspace(-1, 0, 10, dtype=torch.float32).tolist()  # widths of the Parzen window to choose from
 CHUNK = 1000  # images that are drawn, encoded or compared at once
-SILENCE = 4  # seconds without a line; an item takes less
-
-
-def progress(items, what):
-    """Yield the items of a list; between two of them, every SILENCE seconds, print the share that is done."""
-    printed = time.perf_counter()
-    for done, item in enumerate(items):
-        if time.perf_counter() > printed + SILENCE:
-            machine.say(f"  {what}: {done / len(items):.0%}")
-            printed = time.perf_counter()
-        yield item
 
 
 def judge(images, pixels="none", held_out=False, data_dir=ROOT / "data", dataset="MNIST"):
@@ -189,7 +179,8 @@ def probabilities(images, dataset="MNIST"):
 @torch.no_grad()
 def _features(images, classifier):
     """Return features (N, 64) and probabilities (N, 10) of images, in double precision on the CPU."""
-    features = torch.cat([classifier.features(x) for x in images.float().split(CHUNK)])
+    parts = progress(images.float().split(CHUNK), "classifier")
+    features = torch.cat([classifier.features(x) for x in parts])
     return features.cpu().double(), classifier.to_logits(features).cpu().double().softmax(1)
 
 
@@ -231,7 +222,8 @@ def neighbour_metrics(samples, real, k=NEIGHBOURS):
 
 def _radius(x, k):
     """Return the distance of each point to its k-th nearest other point, (N,); the nearest is the point itself."""
-    return torch.cat([torch.cdist(chunk, x).kthvalue(k + 1, dim=1).values for chunk in x.split(CHUNK)])
+    parts = progress(x.split(CHUNK), "nearest neighbours")
+    return torch.cat([torch.cdist(chunk, x).kthvalue(k + 1, dim=1).values for chunk in parts])
 
 
 def parzen_log_likelihood(samples, test, validation, sigmas=SIGMAS):
@@ -241,7 +233,8 @@ def parzen_log_likelihood(samples, test, validation, sigmas=SIGMAS):
     et al. 2016, arXiv 1511.01844). Returns densities (M,) in nats, and sigma, the best for the validation images.
     """
     samples, test, validation = (images.flatten(1) for images in (samples, test, validation))
-    best = max(sigmas, key=lambda sigma: _log_density(validation, samples, sigma).mean())
+    tried = progress(sigmas, "width of the Parzen window")
+    best = max(tried, key=lambda sigma: _log_density(validation, samples, sigma).mean())
     return _log_density(test, samples, best), best
 
 

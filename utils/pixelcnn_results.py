@@ -15,7 +15,8 @@ from models.AR import ConditionalPixelCNN
 from models.common import IMAGE_SHAPE, NUM_CLASSES, NUM_PIXELS
 from utils import files, machine, metrics, plotting
 from utils.data import binarize
-from utils.metrics import CHUNK, NUM_DRAWS, progress
+from utils.machine import progress
+from utils.metrics import CHUNK, NUM_DRAWS
 from utils.plotting import COLUMNS, NUM_SAMPLES
 
 DIGIT = 3  # in samples_digit.png, unless --digit names another

@@ -74,7 +74,7 @@ def fit_mixture(codes, num_components):
         centres = owners.T @ few / owners.sum(0).clamp(min=1).unsqueeze(1)  # without codes it moves to 0
     prior, last = MixturePrior(num_components, codes.shape[1]), -math.inf
     moments = owners.double().T @ _features(few)
-    for _ in range(EM_STEPS):
+    for _ in machine.progress(range(EM_STEPS), f"{num_components} Gaussians, steps at most"):
         prior.maximize(moments)
         log_prob, moments = 0, 0
         for features in map(_features, codes.split(BLOCK)):

@@ -210,8 +210,10 @@ def test_1b_the_discriminator_s_step_leaves_the_generator(code):
     if not torch.equal(before, values(gan.g)):
         fail("the discriminator's step changed the generator")
     if any(each.grad is not None and each.grad.any() for each in gan.g.parameters()):
-        text = "the discriminator's step sends gradients into the generator: detach the fake images"
-        (note if code.words(1) & {"detach", "no_grad"} else fail)(text)
+        text = "the discriminator's step sends gradients into the generator"
+        if not code.words(1) & {"detach", "no_grad"}:
+            fail(f"{text}: detach the fake images")
+        note(f"{text}, unless its caller has detached the fake images")
 
 
 @rests_on("test_1b_loss_of_the_generator")

@@ -37,13 +37,8 @@ def test_what_stays_out(tmp_path):
     kept = ["hw2_step1_main.py", "own/notebook.ipynb", "results/step3_vae/per_image.npz"]
     others = [".pytest_cache/README.md", ".venv/a.py", "models/__pycache__/GAN.py", "Doe_EE8520_F25.pdf"]
     others += ["results/step1_gan/runs/seed=3/loss.png", "results/step1_gan/ablation/seed_0/loss.png"]
-    others += [
-        "checkpoint.pt",
-        "notes.docx",
-        "data/FashionMNIST/raw/a.gz",
-        "report/report.pdf",
-        "report/runs.json",
-    ]
+    others += ["checkpoint.pt", "compare.png", "notes.docx", "data/FashionMNIST/raw/a.gz"]
+    others += ["report/report.pdf", "report/runs.json"]
     for name in kept + others:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()

@@ -91,6 +91,7 @@ def test_every_number_and_listing_of_the_report_is_there():
     assert len(texts) == 7 and '"""' not in "".join(texts.values())  # no docstrings
 
 
+@needs_sources
 def test_the_skeleton_has_every_part_with_its_points():
     page = (ROOT / "report" / "skeleton.tex").read_text()
     parts = re.findall(r"\\section\{Step (\d)|\\assignedpart\{(.)\}\{(\d+)\}", page)

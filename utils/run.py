@@ -160,10 +160,9 @@ class Run:
             raise UserError(f"a batch has {len(chosen[-1])} images: lower the number of processes")
         title = f"epoch {self._epoch + 1}{self._of_all}"
         self._bar = tqdm(chosen, title, unit="batch", disable=rank > 0 or None, leave=False)
+        shown = machine.progress(chosen, title) if self._bar.disable else self._bar  # lines in a file
         with self._batch_clock, self._bar:
-            for index, images in enumerate(
-                machine.progress(chosen, title) if self._bar.disable else self._bar
-            ):
+            for index, images in enumerate(shown):
                 if index < self._batch or self.is_last():
                     continue
                 self.iteration, self._batch_images = self._epoch * len(chosen) + index + 1, len(images)

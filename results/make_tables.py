@@ -177,7 +177,7 @@ def comparisons(root):
 def gap_correlations(root):
     """Return how the gap D(x) - D(G(z)) ranks the GAN's ablation, on each side of the default's gap.
 
-    Spearman's rank correlations over settings, whose gaps are at most or at least the default's.
+    Spearman's rank correlations over settings whose gaps are at most or at least the default's, without two of them.
     """
     path, entries = root / "results/step1_gan/ablation.csv", {}
     if not path.exists():

@@ -11,7 +11,7 @@ from utils import files, metrics, plotting
 from utils.data import to_symmetric, to_unit
 from utils.plotting import COLUMNS, NUM_SAMPLES
 
-NUM_SNAPSHOT = 50  # images of the same noise that are kept after an epoch
+NUM_SNAPSHOT = COLUMNS  # images of the same noise that are kept after an epoch, a row of samples_by_epoch.png
 STRIP_ROWS = 8  # epochs shown in samples_by_epoch.png
 NUM_WALKS, WALK_STEPS = 4, 12
 SATURATED = 0.95  # D(x) above it, with D(G(z)) as close to 0, means a saturated discriminator
@@ -125,7 +125,7 @@ def draw_figures(run, generator, images):
     """Draw all but loss.png and samples.png; `images` are the uint8 training images."""
     if "quality" in run.tables:
         run.draw("quality.png", draw_quality, run.tables["quality"])
-    rows = {f"epoch {epoch}": run.snapshots[epoch][:COLUMNS] / 255 for epoch in spread(list(run.snapshots))}
+    rows = {f"epoch {epoch}": run.snapshots[epoch] / 255 for epoch in spread(list(run.snapshots))}
     run.draw("samples_by_epoch.png", plotting.save_rows, rows)
     run.draw("neighbours.png", draw_neighbours, generator, images, run.args.seed)
     # Equal steps from one noise vector to another, along an arc, so that each step is normal noise again.

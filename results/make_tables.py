@@ -15,8 +15,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-
 import hw2_step1_main as step1
 import hw2_step2_main as step2
 import hw2_step3_main as step3
@@ -171,28 +169,7 @@ def comparisons(root):
         if found:
             formula = f"{run} {key} minus {other} {other_key}, mean over test images with equal pixels"
             entries[name] = metric(found[0], "nats per image", formula, standard_error=found[1])
-    return json.dumps(entries | gap_correlations(root), indent=2) + "\n"
-
-
-def gap_correlations(root):
-    """Return how the gap D(x) - D(G(z)) ranks the GAN's ablation, on each side of the default's gap.
-
-    Spearman's rank correlations over settings whose gaps are at most or at least the default's, without two of them.
-    """
-    path, entries = root / "results/step1_gan/ablation.csv", {}
-    if not path.exists():
-        return entries
-    # The trainings of no-average are the default's, and the two of plain fail in opposite ways.
-    rows = [row for row in read_csv(path) if row["variant"] not in ("no-average", "plain")]
-    gaps = torch.tensor([row["d_real_mean"] - row["d_fake_mean"] for row in rows], dtype=torch.float64)
-    for side, chosen in (("smaller", gaps <= gaps[0]), ("larger", gaps >= gaps[0])):
-        for key in ("coverage", "frechet_distance"):
-            values = torch.tensor([row[f"{key}_mean"] for row in rows], dtype=torch.float64)
-            ranks = torch.stack([gaps, values])[:, chosen].argsort().argsort().double()
-            value, settings = torch.corrcoef(ranks)[0, 1].item(), chosen.sum().item()
-            formula = f"Spearman's rank correlation of the gap and the {key}, settings with a {side} gap"
-            entries[f"gap_{key}_{side}"] = metric(value, "1", formula, settings=settings)
-    return entries
+    return json.dumps(entries, indent=2) + "\n"
 
 
 def outdated(root):

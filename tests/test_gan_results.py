@@ -56,13 +56,20 @@ def test_warnings_come_when_they_should(digits):
     assert gan_results.find_trouble(fog, d_real=0.6, d_fake=0.4) == []
 
 
+def test_a_kind_is_pure_if_its_images_show_one_digit(digits, monkeypatch):
+    images, labels = digits
+    shown = [images[labels == digit][0] for digit in (3, 7)]
+    monkeypatch.setattr(gan_results, "decode", lambda _, z: torch.stack([shown[z[0] < z[1]] for z in z]))
+    assert gan_results.kind_purity(nn.Linear(2, 1), 2, "MNIST")["by_kind"] == [1, 1]
+
+
 def test_a_relativistic_discriminator_has_names_of_its_own(monkeypatch, tmp_path):
     finished = {}
     monkeypatch.setattr(metrics, "judge_sampler", lambda *_: (None, {}))
     epochs = dict(d_loss=[1.3], g_loss=[None], d_real=[0.6], d_fake=[0.4])
     run = SimpleNamespace(tables=dict(epochs=epochs), finish=lambda _, **more: finished.update(more))
     for loss, real, fake in (("saturating", "D(x)", "D(G(z))"), ("relativistic", "D(x, G(z))", "D(G(z), x)")):
-        run.options = dict(loss=loss)
+        run.options = dict(loss=loss, kinds=0)
         gan_results.write_metrics(run, None, [None] * 7)
         assert list(gan_results.labels(loss).values()) == ["D loss", "G loss", real, fake]
         assert finished["d_loss"]["formula"] == f"-log {real} - log(1 - {fake})"

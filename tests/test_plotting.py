@@ -176,9 +176,3 @@ def test_points_on_a_line_or_in_one_place_have_a_square_picture(monkeypatch):
     for points in (torch.tensor([[0.01, 1.0]]) * POINTS, torch.zeros(60, 2)):
         axis = saved(monkeypatch, plotting.save_scatter, points, DIGITS, "title").axes[0]
         assert axis.bbox.width > 0.7 * axis.bbox.height
-
-
-def test_counts_fit_into_the_cells_of_a_table_of_mistakes(monkeypatch):
-    labels = (torch.arange(10_000) % 10).clamp(min=1)
-    axis = saved(monkeypatch, plotting.save_confusion, labels, labels, "guess").axes[0]
-    assert max(box.width for box in boxes(axis.texts)) < axis.bbox.width / 10

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from models.common import IMAGE_SHAPE
+from models.common import IMAGE_SHAPE, NUM_CLASSES
 from utils import files, metrics, plotting
 from utils.data import to_symmetric, to_unit
 from utils.plotting import COLUMNS, NUM_SAMPLES
@@ -197,4 +197,18 @@ def write_metrics(run, generator, images):
         if epochs[name][-1] is not None:  # a large d_freq may leave the generator without an update
             more = dict(optimum=optimum, over=over, train_images=len(images))
             results[name] = files.metric(epochs[name][-1], unit, formula, **more)
+    if run.options["kinds"] and metrics.has_classifier(run.args.dataset):
+        results["kind_purity"] = kind_purity(generator, run.options["kinds"], run.args.dataset)
     run.finish(("frechet_distance", "classifier_score", "recall"), **results)
+
+
+def kind_purity(generator, kinds, dataset):
+    """Return the entry for how often the digit of a sample is the most frequent one of its kind of noise."""
+    z = torch.randn(2000, noise_size(generator), generator=torch.Generator().manual_seed(0))
+    digits = metrics.probabilities(decode(generator, z), dataset).argmax(1)
+    counts = torch.zeros(kinds, NUM_CLASSES)
+    counts.index_put_((z[:, -kinds:].argmax(1), digits), torch.ones(len(z)), accumulate=True)
+    formula = "the classifier sees the digit that it sees most often in samples of this kind of noise"
+    by_kind = (counts.amax(1) / counts.sum(1).clamp(min=1)).tolist()
+    share = counts.amax(1).sum().item() / len(z)
+    return files.metric(share, "share of samples", formula, samples=len(z), by_kind=by_kind)

@@ -70,6 +70,35 @@ def plane_posteriors(model, x, low=(-4.0, -4.0), high=(4.0, 4.0), side=160):
     return z, _log_joint(model, images, z).log_softmax(1), log_q.log_softmax(1)
 
 
+def plane_gaps(model, x, steps=80):
+    """Return KL(q || p(z|x)) in nats, (2, N): of the encoder's q(z|x), and of the best q that we find, by Adam.
+
+    The second is the approximation gap of a Gaussian with independent coordinates, and the difference is the
+    amortisation gap (Cremer et al. 2018, arXiv 1801.03558). For a latent plane and targets x in [0, 1], (N, ...).
+    """
+    gaps = []
+    for images in progress(x.split(50), "gaps of the bound"):
+        z, log_p, _ = plane_posteriors(model, images)
+
+        def gap(mean, logvar):
+            log_q = _log_normal(z, mean[:, None], logvar[:, None]).log_softmax(1)
+            return (log_q.exp() * (log_q - log_p)).sum(1)
+
+        mean, logvar = (each.detach() for each in model.encode(images.flatten(1).to(z)))
+        found = [gap(mean, logvar)]
+        for start in (mean, z[log_p.argmax(1)]):  # of the encoder, and at the peak of p(z|x)
+            q = [each.clone().requires_grad_() for each in (start, logvar)]
+            optimizer = torch.optim.Adam(q, lr=0.06)
+            for _ in range(steps):
+                loss = gap(*q)
+                found.append(loss.detach())
+                optimizer.zero_grad()
+                loss.sum().backward()
+                optimizer.step()
+        gaps.append(torch.stack([found[0], torch.stack(found).amin(0)]))
+    return torch.cat(gaps, 1)
+
+
 def _log_joint(model, x, z):
     """Return log p(x|z) + log p(z) of each image x (N, D) and each z (M, z_size), (N, M)."""
     logits = _logits(model, z)

@@ -154,7 +154,14 @@ def save_latent_plane(path, images, side):
 
 
 def save_scatter(path, points, labels, title):
-    """Write points (N, 2) of the latent plane. Each digit is named where its points outnumber the others most."""
+    """Write points (N, 2) of the latent plane, without the outermost, which would press the others together.
+
+    Each digit is named where its points outnumber the others most.
+    """
+    low = points.quantile(0.002, 0, interpolation="lower")  # of few points all are shown
+    high = points.quantile(0.998, 0, interpolation="higher")
+    inside = ((low <= points) & (points <= high)).all(1)
+    points, labels = points[inside], labels[inside]
     spacing = max(points.std().item() / 4, 1e-6)
     cells, index = (points / spacing).round().unique(dim=0, return_inverse=True)
     counts = torch.zeros(len(cells), 10).index_put((index, labels), torch.ones(len(points)), accumulate=True)

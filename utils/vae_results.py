@@ -10,7 +10,7 @@ from models.common import IMAGE_SHAPE
 from models.VAE import loss_terms
 from utils import files, machine, metrics, plotting
 from utils.data import binarize, to_unit
-from utils.likelihoods import importance_bounds, plane_log_likelihood, plane_posteriors
+from utils.likelihoods import importance_bounds, plane_gaps, plane_log_likelihood, plane_posteriors
 from utils.metrics import CHUNK, NUM_DRAWS
 from utils.plotting import COLUMNS, NUM_SAMPLES
 from utils.prior import draw_codes
@@ -25,6 +25,8 @@ FORMULAS = dict(
     kl="1/2 sum_j (sigma_j^2 + mu_j^2 - 1 - log sigma_j^2)",
     bound="-log 1/K sum_k p(x|z_k) p(z_k) / q(z_k|x), z_k from the encoder's q(z|x)",
     bound_fitted="as test_bound, but p(z) is the prior that was fitted to the codes",
+    gap="KL(q(z|x) || p(z|x)) on a grid in the latent plane",
+    gap_best="as test_gap, of the best q(z|x) that we find for each image, a Gaussian as well",
     nll="-log of the integral of p(x|z) p(z) over the latent plane, a sum over a grid",
 )
 # For each kind of test pixels, a suffix of its keys in metrics.json and what it is. Do not compare across kinds.
@@ -112,8 +114,6 @@ def draw_figures(run, model, images, labels, prior=None):
     pairs = dict(original=to_unit(images[few]), reconstruction=decode_images(model, means[few]))
     run.draw("reconstructions.png", plotting.save_rows, pairs)
     run.draw("walk.png", draw_walk, model, images, labels, means)
-    if model.z_size == 2:
-        run.draw("posterior.png", draw_posterior, model, images[:200])
     title = "posterior means of the test digits"
     run.draw("latent_means.png", plotting.save_scatter, means[:, :2].cpu(), labels.cpu(), title)
 
@@ -132,26 +132,39 @@ def draw_walk(path, model, images, labels, means):
     plotting.save_rows(path, kinds, WALK_STEPS)
 
 
-def draw_posterior(path, model, images):
-    """Draw the image whose ELBO is furthest below log p(x), its true posterior p(z|x) and its q(z|x)."""
-    x = binarize(images, "stochastic", torch.Generator().manual_seed(0))
-    z, log_p, log_q = plane_posteriors(model, x)
-    gaps = (log_q.exp() * (log_q - log_p)).sum(1)
-    worst = gaps.argmax()
-    likely = z[torch.maximum(log_p[worst], log_q[worst]) > math.log(1e-4)]  # where one of them has some mass
+def gap_metrics(run, model, images):
+    """Return metrics of the gap between ELBO and log p(x) for a few uint8 images, and draw posterior.png."""
+    x = binarize(images[: 8 if run.args.dry_run else 200], "stochastic", torch.Generator().manual_seed(0))
+    gaps = plane_gaps(model, x)
+    run.draw("posterior.png", draw_posterior, model, x, gaps)
+    entries, more = {}, dict(pixels=PROTOCOLS["stochastic"][1], test_images=len(x))
+    for name, values in zip(("gap", "gap_best"), gaps):
+        more["median"] = values.median().item()
+        entries[f"test_{name}"] = files.metric(values, "nats per image", FORMULAS[name], **more)
+    return entries
+
+
+def draw_posterior(path, model, x, gaps):
+    """Draw the image of largest `plane_gaps`, its true posterior p(z|x) and its q(z|x), and the gaps of all images x."""
+    worst = gaps[0].argmax()
+    z, (log_p,), (log_q,) = plane_posteriors(model, x[worst, None])
+    likely = z[torch.maximum(log_p, log_q) > math.log(1e-4)]  # where one of them has some mass
     low, high = likely.amin(0) - 0.05, likely.amax(0) + 0.05
     z, (log_p,), (log_q,) = plane_posteriors(model, x[worst, None], low.tolist(), high.tolist())
     peaks = decode_images(model, torch.stack([z[log_q.argmax()], z[log_p.argmax()]]))
     side = math.isqrt(len(z))
     z_1, z_2, p, q = (each.reshape(side, side).cpu().numpy() for each in (*z.T, log_p.exp(), log_q.exp()))
-    title = f"$p(z|x)$ blue, $q(z|x)$ orange; gap {gaps[worst].item():.0f} nats, median {gaps.median().item():.1f}"
-    with plotting.new_figure(path, plotting.WIDTH, 1.7, 1, 2, width_ratios=[2, 1]) as (_, (left, right)):
-        headings = {"image": 0, "at the mean of q": 1, "at the peak of p": 2}
-        plotting.draw_images(torch.cat([x[worst, None], peaks]), 3, axis=left, headings=headings)
-        right.pcolormesh(z_1, z_2, p, cmap="Blues", shading="nearest", rasterized=True)
-        right.contour(z_1, z_2, q, q.max() * np.exp([-2, -0.5]), colors=plotting.COLORS[1])
-        right.set(xlabel="$z_1$", ylabel="$z_2$", title=title)
-        right.set_aspect("equal")
+    with plotting.new_figure(path, plotting.WIDTH, 1.7, 1, 3, width_ratios=[1.8, 1, 1]) as (_, axes):
+        headings = {"image": 0, "mean of q": 1, "peak of p": 2}
+        plotting.draw_images(torch.cat([x[worst, None], peaks]), 3, axis=axes[0], headings=headings)
+        axes[1].pcolormesh(z_1, z_2, p, cmap="Blues", shading="nearest", rasterized=True)
+        axes[1].contour(z_1, z_2, q, q.max() * np.exp([-2, -0.5]), colors=plotting.COLORS[1])
+        axes[1].set(xlabel="$z_1$", ylabel="$z_2$", title="$p(z|x)$ blue, $q(z|x)$ orange")
+        axes[1].set_aspect("equal")
+        for values in gaps.sort().values.cpu():
+            axes[2].plot(values, torch.arange(1, len(x) + 1) / len(x))
+        labels = dict(xlabel="gap (nats)", ylabel="share of images below")
+        axes[2].set(xscale="log", title="encoder's q blue, best q orange", **labels)
 
 
 def typical(means, labels, digit):
@@ -186,6 +199,8 @@ def write_metrics(run, model, train_set, test_set, prior=None, results=()):
         machine.say(f"bounds of log p(x), pixels {PROTOCOLS[how][1]}")
         with machine.seeded(run.device):
             results |= bounds(run, model, test_set[0], how, sizes, prior)
+    if model.z_size == 2 and not run.args.held_out:
+        results |= gap_metrics(run, model, test_set[0])
     machine.say("nearest neighbours, and the quality of samples")
     results |= representation_metrics(run, model, train_set, test_set, sizes)
     samples, quality = metrics.judge_sampler(run, partial(sample_images, model))

@@ -22,7 +22,6 @@ Writes into results/step2_pixelcnn/ or results/step2_conditional_pixelcnn/:
 and with --conditional:
     samples_digit.png    samples of the digit chosen with --digit
     comparison.png       real, unconditional and conditional images side by side
-    bayes.png            test digits classified by the most likely label
 and after --ablation:
     ablation.csv         metrics of all variants
 """

@@ -50,7 +50,6 @@ CALLS = {
     ),
     "save_batches": (dict(iteration=[1, 2, 3], loss=[5.0, 4.0, 3.0]), "loss", {"test images": 3.5}),
     "save_map": (((PIXELS > 100) & (PIXELS < 395)).float() * (PIXELS + 1), "label", (14, 3)),
-    "save_confusion": (DIGITS, DIGITS.flip(0), "guess"),
     "save_ablation": (ROWS, {"nats": {"ELBO": "elbo", "NLL": "nll"}, "distance": {"": "nll"}}, ["distance"], "a note"),
 }  # fmt: skip
 
@@ -109,7 +108,7 @@ def test_the_users_backend_and_settings_change_no_figure(tmp_path, drawn):
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     extra = {"MPLBACKEND": "module://not_installed", "MATPLOTLIBRC": str(tmp_path)}
-    names = ["save_images", "save_curves", "save_confusion"]
+    names = ["save_images", "save_curves", "save_scatter"]
     command = [sys.executable, "-c", code, str(tmp_path), *names]
     subprocess.run(command, cwd=ROOT, env={**os.environ, **extra}, check=True)
     for name in names:

@@ -1,10 +1,13 @@
 """Compare runs of one step: `python -m utils.compare RUN [RUN ...]`, folders of which the first is the reference.
 
-It prints what differs in the options, and each metric with its error and whether it differs from the reference's
-(utils/differ.py). Folders of --seeds give means over the seeds. It draws the losses over one another, and the samples
-beside them, into compare.png. Without a folder it lists the runs of each step.
+It prints what differs in the options, and each metric with its error. Two figures differ if they lie more than two
+standard errors of their difference apart. Means over the same images with the same pixels are compared image by image.
+Metrics of samples have a standard error each, by the jackknife. Folders of --seeds give means over the seeds, and have
+their spread. It draws the losses over one another, and the samples beside them, into compare.png. Without a folder it
+lists the runs of each step.
 """
 
+import math
 import os
 import re
 import statistics
@@ -15,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from utils import differ, files, machine
+from utils import files, machine
 from utils.cli import exit_code
 from utils.files import ROOT, UserError
 from utils.options import ArgumentParser, folder
@@ -66,7 +69,24 @@ def paired_difference(folder, name, other_folder, other_name):
     """Return the mean difference of two runs' values per image, and its error. It is None without equal pixels."""
     values, pixels = per_image(folder / "per_image.npz", name)
     others, other_pixels = per_image(other_folder / "per_image.npz", other_name)
-    return differ.paired(values, others) if pixels and pixels == other_pixels else None
+    return paired(values, others) if pixels and pixels == other_pixels else None
+
+
+def paired(values, others):
+    """Return the mean difference of two lists of values of the same images, and its standard error."""
+    differences = [value - other for value, other in zip(values, others)]
+    return statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
+
+
+def over_seeds(values, others):
+    """Return the difference of the means over seeds, and its standard error. One side needs two runs or more.
+
+    The spread is pooled: the variances of both, weighted by their degrees of freedom.
+    """
+    freedom = len(values) + len(others) - 2
+    squares = sum(len(each) * statistics.pvariance(each) for each in (values, others))
+    error = math.sqrt(squares / freedom * (1 / len(values) + 1 / len(others)))
+    return statistics.fmean(values) - statistics.fmean(others), error
 
 
 def difference(run, reference, name):
@@ -78,9 +98,9 @@ def difference(run, reference, name):
     if found or any(ours.get(each) != theirs.get(each) for each in SAME_SCALE):
         return found
     if several:
-        return differ.over_seeds(values, others)
+        return over_seeds(values, others)
     if "standard_error" in ours and "standard_error" in theirs:
-        return differ.independent(values[0], ours["standard_error"], others[0], theirs["standard_error"])
+        return values[0] - others[0], math.hypot(ours["standard_error"], theirs["standard_error"])
     return None
 
 
@@ -91,7 +111,7 @@ def verdict(run, reference, name):
         return "not compared"
     change, error = found
     word = "no difference"
-    if differ.differ(change, error):
+    if abs(change) > 2 * error:
         higher, lower = (any(each in name for each in words) for words in (HIGHER, LOWER))
         word = "differs" if higher == lower else "better" if higher == (change > 0) else "worse"
     return f"{change:+.3g} ± {error:.2g} {word}"

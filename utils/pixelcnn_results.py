@@ -259,7 +259,6 @@ def label_metrics(run, network, x, labels, protocol):
         given_y = (pixel_nll(network, x, torch.full_like(labels, y)) for y in range(NUM_CLASSES))
         log_likelihoods = -torch.stack([nll.sum((1, 2, 3)) for nll in given_y], 1)  # log p(x | y), (N, 10)
     guesses = log_likelihoods.argmax(1)  # the most likely labels, by Bayes' rule
-    run.draw("bayes.png", plotting.save_confusion, labels, guesses, "label with the highest log p(x|y)")
     mixture_nll = math.log(NUM_CLASSES) - log_likelihoods.logsumexp(1)
     precision = "in the precision of the training"
     guess = f"argmax_y log p(x | y) is the label; {precision}"

@@ -255,18 +255,6 @@ def save_map(path, values, label, seen_from=None):
         axis.set(xlabel="column", ylabel="row")
 
 
-def save_confusion(path, labels, guesses, xlabel):
-    """Write how many images of each digit (row) were taken for which digit (column); both (N,) integers."""
-    counts = (10 * labels + guesses).cpu().bincount(minlength=100).reshape(10, 10)
-    mistakes = counts.clone().fill_diagonal_(0)
-    with new_figure(path, HALF, HALF) as (_, axis):
-        axis.imshow(mistakes.numpy(), cmap="Blues", vmax=max(1, 2 * mistakes.max().item()))
-        for row, column in counts.nonzero().tolist():
-            axis.text(column, row, counts[row, column].item(), ha="center", va="center", fontsize=7)
-        axis.set(xticks=range(10), yticks=range(10), xlabel=xlabel, ylabel="digit")
-        axis.grid(False)
-
-
 def save_ablation(path, rows, panels, log=(), note=""):
     """Write the means and standard deviations of variants, lines at the means of the first one, the default, and a note.
 

@@ -12,6 +12,8 @@ from models import VAE
 from tests.conftest import ROOT
 from utils import metrics, pixelcnn_results
 from utils.data import binarize, load_data
+from utils.likelihoods import importance_bounds
+from utils.prior import load_prior
 
 TOLERANCE = 4.5  # standard errors; for a dozen models, chance exceeds it once in 10,000 times
 NUM_IMAGES = 200
@@ -60,6 +62,9 @@ def test_elbo_of_a_vae(folder, images):
         nats = VAE.reconstruction_loss(outputs["imgs"], x)
         nats += VAE.kl_divergence(outputs["mean"], outputs["logvar"])
     assert_close(nats, results["test_negative_elbo"]["value"])
+    if (folder / "prior.pt").exists():
+        (bounds,) = importance_bounds(model, x, 100, priors=[load_prior(folder / "model.pt")])
+        assert_close(-bounds, results["test_bound_fitted"]["value"])
 
 
 @pytest.mark.parametrize("folder", committed("step1"))

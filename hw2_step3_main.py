@@ -18,7 +18,7 @@ Writes into results/step3_vae/:
     latent_means.png      the posterior means of the test digits, coloured by digit
     reconstructions.png   test images above their reconstructions
     walk.png              from one test digit to another, in the latent space and in pixels
-    posterior.png         the gap of the bound: a true posterior and its q, and the gaps of many images; in two dimensions
+    posterior.png         the bound's gaps: one true posterior and its q, then many images (two latent dimensions)
     losses.csv, batches.csv, per_image.npz, metrics.json, config.json, model.pt, prior.pt
 and after --ablation:
     ablation.png          metrics of all variants, means over the seeds

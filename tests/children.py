@@ -93,7 +93,7 @@ def draw_nothing(setting=setattr):
     setting(AR, "draw_images", black_images)
     setting(ar_sampler, "can_cache", lambda *_: True)
     setting(metrics, "judge_sampler", judge_nothing)
-    setting(metrics, "judge_thresholded", lambda *_: {})
+    setting(metrics, "judge_binary", lambda *_: {})
     setting(gan_results, "log_quality", log_a_weight)
 
 

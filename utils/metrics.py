@@ -68,7 +68,7 @@ def judge_sampler(run, sample, pixels="none", count=NUM_JUDGED):
     images = draw_in_chunks(sample, NUM_JUDGED_QUICKLY if run.args.dry_run else count, noise)
     entries = judge_for(run, images, pixels)
     if pixels == "none":
-        entries |= judge_thresholded(run, images)
+        entries |= judge_binary(run, images)
     what, hardware = "wall time of drawing 64 images", machine.hardware(run.device)
     entries["sampling_time"] = files.metric(seconds, "seconds", what, hardware=hardware)
     return images, entries
@@ -79,12 +79,18 @@ def judge_for(run, images, pixels):
     return judge(images, pixels, run.args.held_out, run.args.data_dir, run.args.dataset)
 
 
-def judge_thresholded(run, images, name=""):
-    """Return metrics of thresholded samples, `name` in their keys; all three steps have this scale in common."""
+def judge_binary(run, images, name="", how="threshold"):
+    """Return metrics of samples with binary pixels, thresholded or drawn ("stochastic"), with both names in their keys.
+
+    All steps have thresholded pixels in common. Drawn ones are what a model of their probabilities means.
+    """
     if len(images) <= NEIGHBOURS:  # in a dry run of very small batches
         return {}
-    entries = judge_for(run, (images > 0.5).float().cpu(), "threshold")
-    return {f"{key}{name}_threshold": entries[key] for key in ONE_SCALE if key in entries}
+    thresholds = torch.full_like(images, 0.5)
+    if how == "stochastic":
+        thresholds = torch.rand(images.shape, generator=torch.Generator().manual_seed(0)).to(images)
+    entries = judge_for(run, (images > thresholds).float().cpu(), how)
+    return {f"{key}{name}_{how}": entries[key] for key in ONE_SCALE if key in entries}
 
 
 def draw_in_chunks(sample, count, generator):

@@ -206,9 +206,11 @@ def write_metrics(run, model, train_set, test_set, prior=None, results=()):
     samples, quality = metrics.judge_sampler(run, partial(sample_images, model))
     results |= quality
     if prior:
-        codes = draw_codes(model, train_set[0][: len(samples)])
-        results |= metrics.judge_thresholded(run, sample_images(model, len(samples), prior=prior), "_fitted")
-        results |= metrics.judge_thresholded(run, decode_images(model, codes), "_codes")
+        fitted = sample_images(model, len(samples), prior=prior)
+        codes = decode_images(model, draw_codes(model, train_set[0][: len(samples)]))
+        for name, images in {"": samples, "_fitted": fitted, "_codes": codes}.items():
+            for how in ("threshold", "stochastic"):
+                results |= metrics.judge_binary(run, images, name, how)
     run.finish(("test_negative_elbo", "test_bound", "frechet_distance"), **results)
 
 

@@ -160,14 +160,16 @@ def test_long_waits_are_not_silent(monkeypatch, capsys):
     assert "  work: 50%\n" in capsys.readouterr().out
 
 
-def test_a_slow_network_is_judged_by_few_samples(few):
+def test_a_slow_network_is_judged_by_few_samples(few, monkeypatch):
     args = SimpleNamespace(dry_run=False, held_out=False, data_dir=ROOT / "data", dataset="MNIST")
     run = SimpleNamespace(args=args, device=torch.device("cpu"))
     draw = lambda count, generator: torch.rand(count, 1, 28, 28, generator=generator)  # noqa: E731
     images, entries = metrics.judge_sampler(run, draw, "threshold", 30)
     assert len(images) == entries["precision"]["samples"] == 30
     assert entries["precision"]["against"] == "30 test images, pixels threshold"
-    assert entries["precision"]["floor"] is None
+    monkeypatch.setattr(metrics, "judge_for", lambda _, x, how: {"recall": x.mean().item()})
+    judged = [metrics.judge_binary(run, 0.2 * images, "_x", how) for how in ("threshold", "stochastic")]
+    assert judged == [{"recall_x_threshold": 0}, {"recall_x_stochastic": pytest.approx(0.1, abs=0.02)}]
 
 
 def test_a_default_of_double_precision_changes_no_metric(tmp_path):

@@ -177,7 +177,7 @@ def main(argv=None):
         steps = sorted({run.step for run in runs})
         if not runs:
             for path in sorted((ROOT / "results").rglob("metrics.json")):
-                if not re.search("/(ablation|seeds|benchmark|classifier|malformed)", path.as_posix()):
+                if not re.search("/(ablation|seeds|benchmark|classifier|digit_3|malformed)", path.as_posix()):
                     machine.say(os.path.relpath(path.parent))
             return
         if len({step[:5] for step in steps}) > 1:

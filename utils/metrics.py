@@ -88,7 +88,8 @@ def judge_binary(run, images, name="", how="threshold"):
         return {}
     thresholds = torch.full_like(images, 0.5)
     if how == "stochastic":
-        thresholds = torch.rand(images.shape, generator=torch.Generator().manual_seed(0)).to(images)
+        draw = torch.Generator().manual_seed(0)
+        thresholds = torch.rand(images.shape, generator=draw, dtype=torch.float32).to(images)
     entries = judge_for(run, (images > thresholds).float().cpu(), how)
     return {f"{key}{name}_{how}": entries[key] for key in ONE_SCALE if key in entries}
 

@@ -252,7 +252,7 @@ def save_map(path, values, label, seen_from=None):
         image = axis.imshow(values, cmap="Blues", norm=norm)
         axis.figure.colorbar(image, ax=axis, label=label)
         axis.grid(False)
-        axis.set(xlabel="column", ylabel="row")
+        axis.set(xlabel="column", ylabel="row", facecolor="0.8")  # of pixels without a value
 
 
 def save_ablation(path, rows, panels, log=(), note=""):

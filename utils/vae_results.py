@@ -15,7 +15,7 @@ from utils.metrics import CHUNK, NUM_DRAWS
 from utils.plotting import COLUMNS, NUM_SAMPLES
 from utils.prior import draw_codes
 
-PLANE_SIDE = 15
+PLANE_SIDE = 12
 WALK_FROM, WALK_TO = (1, 7), (0, 6)  # digits
 WALK_STEPS = 12
 # Means over images and draws.
@@ -132,15 +132,20 @@ def draw_walk(path, model, images, labels, means):
     plotting.save_rows(path, kinds, WALK_STEPS)
 
 
-def gap_metrics(run, model, images):
-    """Return metrics of the gap between ELBO and log p(x) for a few uint8 images, and draw posterior.png."""
-    x = binarize(images[: 8 if run.args.dry_run else 200], "stochastic", torch.Generator().manual_seed(0))
-    gaps = plane_gaps(model, x)
-    run.draw("posterior.png", draw_posterior, model, x, gaps)
-    entries, more = {}, dict(pixels=PROTOCOLS["stochastic"][1], test_images=len(x))
-    for name, values in zip(("gap", "gap_best"), gaps):
-        more["median"] = values.median().item()
-        entries[f"test_{name}"] = files.metric(values, "nats per image", FORMULAS[name], **more)
+def gap_metrics(run, model, **sets):
+    """Return metrics of the gap between ELBO and log p(x) for a few uint8 images of each set; draw posterior.png.
+
+    The sets are `test` images, which the figure shows, and `train` images.
+    """
+    entries = {}
+    for kind, images in sets.items():
+        x = binarize(images[: 8 if run.args.dry_run else 200], "stochastic", torch.Generator().manual_seed(0))
+        gaps = plane_gaps(model, x)
+        if kind == "test":
+            run.draw("posterior.png", draw_posterior, model, x, gaps)
+        for name, values in zip(("gap", "gap_best"), gaps):
+            more = dict(pixels=PROTOCOLS["stochastic"][1], images=len(x), median=values.median().item())
+            entries[f"{kind}_{name}"] = files.metric(values, "nats per image", FORMULAS[name], **more)
     return entries
 
 
@@ -200,7 +205,7 @@ def write_metrics(run, model, train_set, test_set, prior=None, results=()):
         with machine.seeded(run.device):
             results |= bounds(run, model, test_set[0], how, sizes, prior)
     if model.z_size == 2 and not run.args.held_out:
-        results |= gap_metrics(run, model, test_set[0])
+        results |= gap_metrics(run, model, test=test_set[0], train=train_set[0])
     machine.say("nearest neighbours, and the quality of samples")
     results |= representation_metrics(run, model, train_set, test_set, sizes)
     samples, quality = metrics.judge_sampler(run, partial(sample_images, model))

@@ -125,8 +125,7 @@ class Child:
 def start(tmp_path_factory):
     """Return a function that starts a function as a process, in a folder of its own; it returns the `Child`.
 
-    Where the system can, the process is a copy of one that has only imported the packages. That saves the seconds
-    that importing torch takes.
+    Where the system can, it copies a process that has imported the packages, which saves seconds.
     """
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")

@@ -35,11 +35,14 @@ HEADINGS = dict(
     accuracy_none="grey", accuracy_threshold="thresholded", accuracy_stochastic="stochastic",
     formula="comparison", usual_seconds="plain (s)", seconds="cached (s)", hardware="on",
 )  # fmt: skip
+LONG = "step3_vae/ablation_long/seed_0"
 # The first run's values per image minus the second's, by the name in comparisons.json.
 COMPARISONS = dict(
     label_gain=("step2_pixelcnn", "nll", "step2_conditional_pixelcnn", "nll"),
     mixture_gain=("step2_pixelcnn", "nll", "step2_conditional_pixelcnn", "mixture_nll"),
     latent_gain=("step3_vae", "bound", "step3_vae/variants/long-20", "bound"),
+    distortion_gain=(f"{LONG}/undistorted", "bound", "step3_vae/variants/long-20", "bound"),
+    small_rate_gain=(f"{LONG}/default", "bound", f"{LONG}/rate-1e-3", "bound"),
 )
 
 
@@ -167,7 +170,7 @@ def comparisons(root):
     for name, (run, key, other, other_key) in COMPARISONS.items():
         found = paired_difference(root / "results" / run, key, root / "results" / other, other_key)
         if found:
-            formula = f"{run} {key} minus {other} {other_key}, mean over test images with equal pixels"
+            formula = f"{run} {key} minus {other} {other_key}, mean over images with equal pixels"
             entries[name] = metric(found[0], "nats per image", formula, standard_error=found[1])
     return json.dumps(entries, indent=2) + "\n"
 

@@ -80,9 +80,10 @@ def judge_for(run, images, pixels):
 
 
 def judge_binary(run, images, name="", how="threshold"):
-    """Return metrics of samples with binary pixels, thresholded or drawn ("stochastic"), with both names in their keys.
+    """Return metrics of samples whose pixels are made binary by `how`: a "threshold", or "stochastic" draws.
 
-    All steps have thresholded pixels in common. Drawn ones are what a model of their probabilities means.
+    All steps have thresholded pixels in common. Draws are the samples of a model that gives each pixel a probability.
+    `name` and `how` end the keys.
     """
     if len(images) <= NEIGHBOURS:  # in a dry run of very small batches
         return {}

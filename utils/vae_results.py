@@ -166,10 +166,10 @@ def draw_posterior(path, model, x, gaps):
         axes[1].contour(z_1, z_2, q, q.max() * np.exp([-2, -0.5]), colors=plotting.COLORS[1])
         axes[1].set(xlabel="$z_1$", ylabel="$z_2$", title="$p(z|x)$ blue, $q(z|x)$ orange")
         axes[1].set_aspect("equal")
-        for values in gaps.sort().values.cpu():
-            axes[2].plot(values, torch.arange(1, len(x) + 1) / len(x))
-        labels = dict(xlabel="gap (nats)", ylabel="share of images below")
-        axes[2].set(xscale="log", title="encoder's q blue, best q orange", **labels)
+        for values, color in zip(gaps.sort().values.cpu(), plotting.COLORS[1:]):
+            axes[2].plot(values, torch.arange(1, len(x) + 1) / len(x), color=color)
+        labels = dict(xlabel="slack (nats)", ylabel="share of images below")
+        axes[2].set(xscale="log", title="encoder's q orange, best q green", **labels)
 
 
 def typical(means, labels, digit):

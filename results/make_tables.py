@@ -42,7 +42,6 @@ COMPARISONS = dict(
     mixture_gain=("step2_pixelcnn", "nll", "step2_conditional_pixelcnn", "mixture_nll"),
     latent_gain=("step3_vae", "bound", "step3_vae/variants/long-20", "bound"),
     distortion_gain=(f"{LONG}/undistorted", "bound", "step3_vae/variants/long-20", "bound"),
-    small_rate_gain=(f"{LONG}/default", "bound", f"{LONG}/rate-1e-3", "bound"),
 )
 
 

@@ -176,8 +176,9 @@ def main(argv=None):
         runs = [Compared(path) for path in args.runs]
         steps = sorted({run.step for run in runs})
         if not runs:
-            for path in sorted((ROOT / "results").rglob("metrics.json")):
-                if not re.search("/(ablation|seeds|benchmark|classifier|digit_3|malformed)", path.as_posix()):
+            for path in sorted((ROOT / "results").rglob("config.json")):
+                finished = path.with_name("metrics.json").exists()
+                if finished and not re.search("/(ablation|seeds|classifier)", path.as_posix()):
                     machine.say(os.path.relpath(path.parent))
             return
         if len({step[:5] for step in steps}) > 1:

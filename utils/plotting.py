@@ -250,7 +250,7 @@ def save_map(path, values, label, seen_from=None):
             axis.legend(loc="lower right")
         norm = LogNorm() if seen_from else None  # which leaves out zeros
         image = axis.imshow(values, cmap="Blues", norm=norm)
-        axis.figure.colorbar(image, ax=axis, label=label)
+        axis.figure.colorbar(image, ax=axis, label=label, format="%g" if seen_from else None)
         axis.grid(False)
         axis.set(xlabel="column", ylabel="row", facecolor="0.8")  # of pixels without a value
 

@@ -170,6 +170,7 @@ def draw_posterior(path, model, x, gaps):
             axes[2].plot(values, torch.arange(1, len(x) + 1) / len(x), color=color)
         labels = dict(xlabel="slack (nats)", ylabel="share of images below")
         axes[2].set(xscale="log", title="encoder's q orange, best q green", **labels)
+        axes[2].xaxis.set_major_formatter("{x:g}")
 
 
 def typical(means, labels, digit):

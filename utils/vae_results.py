@@ -215,8 +215,9 @@ def write_metrics(run, model, train_set, test_set, prior=None, results=()):
         fitted = sample_images(model, len(samples), prior=prior)
         codes = decode_images(model, draw_codes(model, train_set[0][: len(samples)]))
         for name, images in {"": samples, "_fitted": fitted, "_codes": codes}.items():
-            for how in ("threshold", "stochastic"):
-                results |= metrics.judge_binary(run, images, name, how)
+            results |= metrics.judge_binary(run, images, name, "stochastic")
+            if name:  # `judge_sampler` has thresholded those of the prior
+                results |= metrics.judge_binary(run, images, name)
     run.finish(("test_negative_elbo", "test_bound", "frechet_distance"), **results)
 
 

@@ -208,8 +208,7 @@ def test_a_run_trains_on_without_its_streams(streams, tmp_path):
     # Jupyter names a backend that matplotlib refuses without a package.
     environment = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     words = ["sh", "-c", command, sys.executable, TRAIN, tmp_path]
-    done = subprocess.run(words, cwd=ROOT, env=environment, timeout=TIMEOUT)
-    assert done.returncode == 0
+    subprocess.run(words, cwd=ROOT, env=environment, timeout=TIMEOUT, check=True)
     assert (tmp_path / "metrics.json").exists() and torch.load(tmp_path / "model.pt", weights_only=True)
 
 

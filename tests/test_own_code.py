@@ -52,6 +52,7 @@ def quick(monkeypatch):
         (metrics, "NUM_JUDGED_QUICKLY", 20),
         (step2, "load_unconditional", lambda run: None),
         (ar_sampler, "_draw_plainly", draw_last_row),
+        (pixelcnn_results, "PIXELS_A_FRAME", 392),
     ):
         monkeypatch.setattr(owner, name, value)
     monkeypatch.setitem(STYLE, "savefig.dpi", 30)

@@ -178,7 +178,7 @@ def main(argv=None):
         if not runs:
             for path in sorted((ROOT / "results").rglob("config.json")):
                 finished = path.with_name("metrics.json").exists()
-                if finished and not re.search("/(ablation|seeds|classifier)", path.as_posix()):
+                if finished and not re.search("/(ablation|seeds)|classifier", path.as_posix()):
                     machine.say(os.path.relpath(path.parent))
             return
         if len({step[:5] for step in steps}) > 1:

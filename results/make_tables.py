@@ -77,9 +77,7 @@ def cell(run, key):
 def made(run):
     """Return the command of a run, its time with the evaluation after each epoch, and the hardware, as text."""
     # A command names its script alone, and the first classifier did not record one.
-    command = run.get("command", "train_classifier.py").replace(
-        "train_classifier", "results/train_classifier"
-    )
+    command = re.sub("^train", "results/train", run.get("command", "train_classifier.py"))
     minutes = run["metrics"]["wall_time"]["value"] / 60
     return f"`python {command}`", f"{minutes:.{0 if minutes >= 10 else 1}f} min", run["hardware"]
 

@@ -183,7 +183,7 @@ def outdated(root):
         kind, *arguments = match[2].split()
         return f"{match[1]}{table(*getattr(tables, kind)(*arguments))}\n"
 
-    pattern = re.compile(r"(<!-- table: ([a-z][\w\s/.]*?) -->\n).*?(?=<!-- end -->)", re.DOTALL)
+    pattern = re.compile(r"(<!-- table: ([a-z][\w\s/.-]*?) -->\n).*?(?=<!-- end -->)", re.DOTALL)
     texts = {page: pattern.sub(make, (root / page).read_text(encoding="utf-8")) for page in PAGES}
     texts["results/comparisons.json"] = comparisons(root)
     return {page: text for page, text in texts.items() if (root / page).read_text(encoding="utf-8") != text}

@@ -41,6 +41,7 @@ COMPARISONS = dict(
     label_gain=("step2_pixelcnn", "nll", "step2_conditional_pixelcnn", "nll"),
     mixture_gain=("step2_pixelcnn", "nll", "step2_conditional_pixelcnn", "mixture_nll"),
     latent_gain=("step3_vae", "bound", "step3_vae/variants/long-20", "bound"),
+    length_gain=("step2_pixelcnn", "nll", "step2_pixelcnn/ablation_long/seed_0/epochs-6", "nll"),
     distortion_gain=(f"{LONG}/undistorted", "bound", "step3_vae/variants/long-20", "bound"),
 )
 

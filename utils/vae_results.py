@@ -139,7 +139,7 @@ def gap_metrics(run, model, **sets):
     """
     entries = {}
     for kind, images in sets.items():
-        count = 200 if run.epochs_done >= 10 else 8  # a short training has a short evaluation
+        count = 200 if run.epochs_done >= 10 else 4  # a short training has a short evaluation
         x = binarize(images[:count], "stochastic", torch.Generator().manual_seed(0))
         gaps = plane_gaps(model, x)
         if kind == "test":

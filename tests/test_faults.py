@@ -201,7 +201,7 @@ TRAIN = "import sys; from tests import children; children.train('vae', sys.argv[
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no such device")
-@pytest.mark.parametrize("streams", ["<&- >&- 2>&-", ">/dev/full 2>&1"])
+@pytest.mark.parametrize("streams", ["2>&-", "<&- >&-", ">/dev/full 2>&1"])
 def test_a_run_trains_on_without_its_streams(streams, tmp_path):
     """As a service that has none, and with a log on a full disk."""
     command = f'exec "$0" -c "$1" --out-dir "$2" {streams}'

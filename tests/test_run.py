@@ -11,7 +11,7 @@ import hw2_step3_main as step3
 from tests import children
 from tests.children import STEPS
 from tests.conftest import ROOT, assert_refused, content, documented_files, flags_of, position, same
-from utils import cli, files, machine, metrics, pixelcnn_results
+from utils import cli, files, machine, metrics
 from utils.plotting import STYLE
 from utils.run import Run
 
@@ -23,13 +23,13 @@ JUDGE = metrics.judge_sampler
 @pytest.mark.parametrize("name", STEPS)
 def test_dry_run_writes_every_file(name, call_step, trained, monkeypatch, tmp_path):
     """With every figure and metric, and the same training as without."""
-    monkeypatch.setitem(STYLE, "savefig.dpi", 30)
-    monkeypatch.setattr(pixelcnn_results, "PIXELS_A_FRAME", 196)
+    monkeypatch.setitem(STYLE, "savefig.dpi", 60)
     monkeypatch.setattr(cli, "load_data", children.few_images)
     done = call_step(STEPS[name], *flags_of(name, tmp_path))
     assert (done.returncode, done.stderr) == (0, "")
     assert same(content(tmp_path, "model.pt"), content(trained[name], "model.pt"))
     assert (tmp_path / "losses.csv").read_bytes() == (trained[name] / "losses.csv").read_bytes()
+    assert files.read_csv(tmp_path / "losses.csv")[-1]["epoch"] == 2
 
     written = {path.name for path in tmp_path.iterdir() if path.suffix != ".pdf"}
     assert written == {*documented_files(name), "checkpoint.pt", ".lock"}

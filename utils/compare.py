@@ -177,8 +177,8 @@ def main(argv=None):
         steps = sorted({run.step for run in runs})
         if not runs:
             for path in sorted((ROOT / "results").rglob("config.json")):
-                finished = path.with_name("metrics.json").exists()
-                if finished and not re.search("/(ablation|seeds)|classifier", path.as_posix()):
+                shown = not re.search("/(ablation|seeds)|classifier", path.relative_to(ROOT).as_posix())
+                if shown and path.with_name("metrics.json").exists():
                     machine.say(os.path.relpath(path.parent))
             return
         if len({step[:5] for step in steps}) > 1:
